@@ -1,0 +1,170 @@
+"""One run from a recipe to a directory with a pipeline, results and a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from stepdistill.build import build, open_teacher
+from stepdistill.checkpoint import write_atomically
+from stepdistill.evaluation.benchmark import bench_student, bench_teacher
+from stepdistill.evaluation.digits import DigitsEvaluator
+from stepdistill.evaluation.features import to_uint8
+from stepdistill.evaluation.records import Record, save_records
+from stepdistill.evaluation.report import Grid, save_grid, write_report
+from stepdistill.export import load_lines, load_student, save_pipeline
+from stepdistill.models.denoiser import Guided
+from stepdistill.models.families import Opened
+from stepdistill.recipe import Recipe
+from stepdistill.sampling import Ddim, Sampler, sample, trailing
+from stepdistill.student import Student
+
+PREVIEW_SEED = 1_000_003
+"""Away from the seeds of evaluations."""
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What a run leaves in memory."""
+
+    student: Student
+    """The averaged student, as exported."""
+    opened: Opened
+    pipeline: Path
+    """Folder that stock diffusers loads."""
+
+
+def distill(recipe: Recipe, out: Path, *, resume: bool = False) -> Distilled:
+    """Run a recipe, its warm starts first, into ``out``.
+
+    ``out`` gets recipe.json, metrics.jsonl, checkpoints/, samples/ and pipeline/; warm starts get the same under
+    ``out/stages/``, oldest first. A finished stage is not run again when a run is resumed.
+
+    Args:
+        recipe: what to do.
+        out: the run directory, new or empty unless ``resume``.
+        resume: go on with what ``out`` holds.
+
+    Returns:
+        The student and where its pipeline is.
+
+    Raises:
+        ValueError: if ``out`` is in use and ``resume`` is off, or ``resume`` is on and the recipe is another one.
+        KeyboardInterrupt: after ^C, with a checkpoint written.
+    """
+    claim(out, recipe, resume)
+    stages = recipe.stages()
+    student: Student | None = None
+    for i, stage in enumerate(stages):
+        last = i == len(stages) - 1
+        folder = out if last else out / "stages" / f"{i + 1}-{type(stage.objective).__name__.lower()}"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_recipe(folder, recipe if last else stage)
+        student = _stage(stage, folder, student, out / "cache")
+    opened = open_teacher(recipe.teacher)
+    return Distilled(student, opened, out / "pipeline")
+
+
+def claim(out: Path, recipe: Recipe, resume: bool) -> None:
+    """Make sure that writing to ``out`` loses nothing.
+
+    Raises:
+        ValueError: see ``distill``.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not out.is_dir():
+        raise ValueError(f"--out {out}: is a file; name a folder")
+    if not resume:
+        raise ValueError(f"--out {out}: a run is there already; add --resume to go on with it, or name another folder")
+    stored = out / "recipe.json"
+    if not stored.is_file():
+        raise ValueError(f"--resume {out}: no recipe.json there, so there is nothing to go on with")
+    if stored.read_text() != recipe.to_json():
+        raise ValueError(
+            f"--resume {out}: its recipe.json is another recipe ({_first_difference(stored.read_text(), recipe)}); "
+            f"resume with: stepdistill distill {stored} --out {out} --resume"
+        )
+
+
+def _first_difference(stored: str, recipe: Recipe) -> str:
+    pairs = zip(stored.splitlines(), recipe.to_json().splitlines(), strict=False)
+    return next((f"{a.strip()} there, {b.strip()} here" for a, b in pairs if a != b), "one is longer")
+
+
+def write_recipe(folder: Path, recipe: Recipe) -> None:
+    """``recipe.json``, resolved and reloadable."""
+    write_atomically(folder / "recipe.json", lambda p: p.write_text(recipe.to_json()))
+
+
+def _stage(recipe: Recipe, folder: Path, start: Student | None, cache: Path) -> Student:
+    """Train one stage into ``folder`` and export it; a stage exported before is only loaded."""
+    pipeline = folder / "pipeline"
+    if pipeline.is_dir():
+        return load_student(pipeline)
+    built = build(recipe, start=start, out=folder, cache=cache)
+    built.trainer.preview = lambda net, index: preview(net, built.opened, folder / "samples" / f"{index:06d}.png")
+    built.trainer.resume()
+    built.trainer.fit()
+    method = type(recipe.objective).__name__
+    save_pipeline(built.trainer.nets.ema, built.opened, pipeline, teacher=recipe.teacher.source, method=method)
+    return built.trainer.nets.ema
+
+
+def preview(student: Student, opened: Opened, path: Path, rows: int = 4) -> None:
+    """A picture of the same ``rows`` x 10 samples every time."""
+    labels = torch.arange(10).repeat(rows)
+    cond = opened.family.cond(opened.denoiser.net, {"labels": labels})
+    samples = sample(student, (len(labels), *opened.sample_shape), cond, student.sampler, seed=PREVIEW_SEED)
+    save_grid(path, to_uint8(samples), columns=10)
+
+
+def side_by_side(students: Sequence[tuple[str, Student]], opened: Opened, teacher: Guided) -> list[Grid]:
+    """Teacher at 50 steps, teacher at each student's steps, and the students, all from the same noise."""
+    labels = torch.arange(10).repeat(4)
+    cond = opened.family.cond(opened.denoiser.net, {"labels": labels})
+    shape = (len(labels), *opened.sample_shape)
+    shown = [("teacher, 50 steps", teacher, Sampler(trailing(50), Ddim()))]
+    for title, student in students:
+        k = student.sampler.steps
+        shown.append((f"teacher, {k} step{'s' if k > 1 else ''}", teacher, Sampler(trailing(k), Ddim())))
+        shown.append((title, student, student.sampler))
+    return [
+        Grid(title, to_uint8(sample(predict, shape, cond, sampler, seed=PREVIEW_SEED)), 10)
+        for title, predict, sampler in shown
+    ]
+
+
+def evaluate_and_report(runs: Sequence[tuple[str, Recipe, Distilled]], out: Path, *, title: str) -> list[Record]:
+    """Measure the teacher and the students of one or more runs that share it; write results.json and the report.
+
+    Args:
+        runs: (name in tables, recipe, result) each; the first recipe's ``evaluation`` is the protocol.
+        out: gets results.json and report/index.html; its metrics.jsonl gives the curves.
+        title: of the page.
+
+    Returns:
+        The records.
+    """
+    _, recipe, first = runs[0]
+    plan = recipe.evaluation
+    evaluator = DigitsEvaluator(n=plan.n)
+    opened = first.opened
+    teacher = Guided(opened.denoiser, recipe.teacher.guidance, opened.null, interval=recipe.teacher.interval)
+    records = bench_teacher(teacher, opened, evaluator, plan.teacher_steps, plan.seeds)
+    for name, run_recipe, done in runs:
+        method = type(run_recipe.objective).__name__
+        records += bench_student(done.student, opened, evaluator, plan.seeds, subject=name, method=method)
+    save_records(out / "results.json", records)
+    write_report(
+        out,
+        title=title,
+        records=records,
+        grids=side_by_side([(name, done.student) for name, _, done in runs], opened, teacher),
+        curves=out / "metrics.jsonl",
+        load_code=load_lines(first.pipeline),
+    )
+    return records

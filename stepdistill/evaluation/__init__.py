@@ -1,0 +1,35 @@
+"""Evaluation: uint8 images -> features -> scores -> records -> tables, plots and a page.
+
+``digits`` (scikit-learn's data) and ``report`` and ``plots`` (matplotlib) are imported by name where they are needed.
+"""
+
+from stepdistill.evaluation.features import DigitFeatures, Extractor, Pixels, to_uint8
+from stepdistill.evaluation.metrics import MeanCov, density_coverage, frechet_distance, kid, precision_recall
+from stepdistill.evaluation.records import (
+    Record,
+    check_same_protocol,
+    format_value,
+    load_records,
+    markdown_table,
+    records_from_scores,
+    save_records,
+)
+
+__all__ = [
+    "DigitFeatures",
+    "Extractor",
+    "MeanCov",
+    "Pixels",
+    "Record",
+    "check_same_protocol",
+    "density_coverage",
+    "format_value",
+    "frechet_distance",
+    "kid",
+    "load_records",
+    "markdown_table",
+    "precision_recall",
+    "records_from_scores",
+    "save_records",
+    "to_uint8",
+]

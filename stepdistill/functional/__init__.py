@@ -1,0 +1,1 @@
+"""Pure tensor formulas: no networks, no randomness, no state."""

@@ -1,0 +1,52 @@
+"""How far apart two samples are. Values to put into an objective's ``distance`` field."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+class Distance(ABC):
+    """Two tensors (B, ...) to one value per sample, (B,)."""
+
+    @abstractmethod
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """Distance of ``a`` to ``b`` per sample."""
+
+
+@dataclass(frozen=True)
+class L2(Distance):
+    """Mean squared error over a sample's elements."""
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """(B, ...), (B, ...) -> (B,)."""
+        return (a - b).flatten(1).square().mean(1)
+
+
+@dataclass(frozen=True)
+class Huber(Distance):
+    """Pseudo-Huber on the sample's norm, ``sqrt(|a - b|^2 + c^2) - c`` with ``c = scale * sqrt(d)`` (iCT,
+    arXiv:2310.14189 sec. 3.3), divided by sqrt(d) so that its size does not depend on resolution.
+    """
+
+    scale: float = 0.00054
+    """Where it turns from squared to linear, in units of the root mean square difference."""
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """(B, ...), (B, ...) -> (B,)."""
+        mean_square = (a - b).flatten(1).square().mean(1)
+        return (mean_square + self.scale**2).sqrt() - self.scale
+
+
+@dataclass(frozen=True)
+class ElementHuber(Distance):
+    """Pseudo-Huber element by element, ``mean(sqrt((a - b)^2 + c^2) - c)``, as the LCM family uses it."""
+
+    c: float = 0.001
+    """Where it turns from squared to linear, in units of the data."""
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """(B, ...), (B, ...) -> (B,)."""
+        return (((a - b).flatten(1).square() + self.c**2).sqrt() - self.c).mean(1)

@@ -1,0 +1,1 @@
+"""Networks and the few things wrapped around them."""

@@ -1,0 +1,155 @@
+"""One network with its schedule, answering in any kind of prediction; guidance and re-scheduling around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.schedule import Kind, Schedule, convert
+
+Cond = Mapping[str, Tensor]
+"""What a network is conditioned on: named tensors with the batch first, {} for nothing."""
+
+Call = Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
+"""How a network is called: (net, x_t (B, ...), t (B,) in the schedule's time, cond) -> prediction (B, ...)."""
+
+
+class Predictor(Protocol):
+    """Teacher, student, critic, average, exact test teacher: whatever predicts at a noised sample."""
+
+    schedule: Schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, *, want: Kind = "x0") -> Tensor:
+        """The prediction of kind ``want`` at ``x_t`` (B, ...) and times ``t`` (B,); (B, ...)."""
+        ...
+
+
+def plain_call(net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    """Call a network that takes ``(x_t, t, **cond)`` with t in the schedule's time and in ``x_t``'s dtype."""
+    return net(x_t, t.to(x_t.dtype), **cond)
+
+
+class Denoiser(nn.Module):
+    """One network, its schedule and the kind of its prediction: the only place that knows any of the three.
+
+    Args:
+        net: the network.
+        schedule: the noise path it was trained on.
+        kind: what it predicts.
+        call: how it is called; a model family's row, or ``plain_call``.
+        dtype: the network's arithmetic; anything but float32 runs it under autocast. Conversions stay in the dtype
+            of ``x_t``.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        schedule: Schedule,
+        kind: Kind,
+        call: Call = plain_call,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        self.net = net
+        self.schedule = schedule
+        self.kind: Kind = kind
+        self.call = call
+        self.dtype = dtype
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, *, want: Kind = "x0") -> Tensor:
+        """The prediction of kind ``want``.
+
+        Args:
+            x_t: noised samples, (B, ...).
+            t: their times, (B,).
+            cond: conditions, each (B, ...).
+            want: kind of prediction to return.
+
+        Returns:
+            (B, ...), the dtype of ``x_t``.
+        """
+        with torch.autocast(x_t.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            pred = self.call(self.net, x_t, t, cond)
+        if want == self.kind:
+            return pred.to(x_t.dtype)
+        return convert(pred.to(x_t.dtype), x_t, self.schedule.coeffs(t, x_t), self.kind, want)
+
+
+class Guided(nn.Module):
+    """A frozen denoiser under classifier-free guidance (arXiv:2207.12598): ``null + scale (cond - null)``.
+
+    ``scale`` counts as pipelines' ``guidance_scale`` does: 1 is the plain conditional model and costs one evaluation,
+    anything else costs two, in one batch. It returns in any kind, since guidance commutes with conversion.
+
+    Args:
+        denoiser: the teacher's denoiser; its parameters are frozen here and it is put in eval mode.
+        scale: guidance scale.
+        null: the unconditional condition, each tensor (1, ...), expanded to the batch; not needed at scale 1.
+        interval: times, as fractions of ``t_max``, between which guidance acts; outside, the conditional model.
+
+    Raises:
+        ValueError: if ``scale`` is not 1 and there is no null condition.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        scale: float = 1.0,
+        null: Cond | None = None,
+        *,
+        interval: tuple[float, float] = (0.0, 1.0),
+    ):
+        super().__init__()
+        if scale != 1.0 and not null:
+            raise ValueError(f"guidance {scale} needs a null condition, and this teacher has none; use guidance 1")
+        self.denoiser = denoiser.requires_grad_(False).eval()
+        self.scale = scale
+        self.null = null or {}
+        self.interval = interval
+
+    @property
+    def schedule(self) -> Schedule:
+        """The denoiser's schedule."""
+        return self.denoiser.schedule
+
+    def train(self, mode: bool = True) -> Guided:
+        """Stays in eval mode whatever the networks around it do."""
+        return super().train(False)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, *, want: Kind = "x0") -> Tensor:
+        """The guided prediction; shapes as ``Denoiser.forward``. Gradients flow to ``x_t``, never to parameters."""
+        if self.scale == 1.0:
+            return self.denoiser(x_t, t, cond, want=want)
+        both = {k: torch.cat([v, self.null[k].to(v).expand_as(v)]) for k, v in cond.items()}
+        conditional, null = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both, want=want).chunk(2)
+        low, high = (f * self.schedule.t_max for f in self.interval)
+        scale = torch.where((t >= low) & (t <= high), self.scale, 1.0).to(x_t).view(-1, *[1] * (x_t.ndim - 1))
+        return null + scale * (conditional - null)
+
+
+class Rescheduled(nn.Module):
+    """Any predictor seen under another schedule, by matching log-SNR (equal SNR is the same state up to scale).
+
+    Args:
+        predictor: what is asked.
+        schedule: the schedule it is to appear under.
+    """
+
+    def __init__(self, predictor: Predictor, schedule: Schedule):
+        super().__init__()
+        self.predictor = predictor
+        self.schedule = schedule
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, *, want: Kind = "x0") -> Tensor:
+        """The prediction under the outer schedule; shapes as ``Denoiser.forward``."""
+        inner = self.predictor.schedule
+        t_in = inner.t_from_logsnr(self.schedule.logsnr(t))
+        outer_c, inner_c = self.schedule.coeffs(t, x_t), inner.coeffs(t_in, x_t)
+        # Both (alpha, sigma) pairs point the same way; the ratio of their lengths is finite at either end.
+        scale = torch.hypot(inner_c.alpha, inner_c.sigma) / torch.hypot(outer_c.alpha, outer_c.sigma)
+        native: Kind = "eps" if want == "eps" else "x0"
+        pred = self.predictor(scale * x_t, t_in, cond, want=native)  # x0 and eps do not depend on the schedule
+        return convert(pred, x_t, outer_c, native, want)

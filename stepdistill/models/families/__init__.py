@@ -1,0 +1,8 @@
+"""What a model family knows: one small file each, one row in the table; nothing else differs by family."""
+
+from __future__ import annotations
+
+from stepdistill.models.families import unet2d
+from stepdistill.models.families.base import Family, Opened, family_of, open_pipeline
+
+__all__ = ["Family", "Opened", "family_of", "open_pipeline", "unet2d"]

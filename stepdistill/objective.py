@@ -1,0 +1,166 @@
+"""What an objective is: frozen hyper-parameters that list their turns.
+
+An objective owns no network, no optimizer and no state. The trainer walks through ``turns()``; each turn names who
+moves and the losses that move them. Random draws come from ``Step`` alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.models.denoiser import Cond, Denoiser
+from stepdistill.models.nets import Nets
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one micro-step trains on; which fields are set depends on the data, see ``Objective.data``."""
+
+    cond: Cond
+    """Conditions, each (B, ...)."""
+    shape: tuple[int, ...]
+    """Shape of the samples, (B, ...)."""
+    x0: Tensor | None = None
+    """Real samples, (B, ...)."""
+    path: Tensor | None = None
+    """The teacher's own states on the student's grid, (B, K + 1, ...): from the noise, index 0, to its sample."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return self.shape[0]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What changes from step to step: the index, the randomness, and what this step's turns may share."""
+
+    index: int
+    rng: torch.Generator
+    shared: dict[str, Tensor] = field(default_factory=dict, compare=False)
+    """Detached tensors that one turn leaves for the next at the same index and batch, such as the student's sample."""
+
+    @classmethod
+    def at(
+        cls, index: int, *stream: int, device: torch.device | str = "cpu", shared: dict[str, Tensor] | None = None
+    ) -> Step:
+        """A step whose draws depend on ``index`` and ``stream`` (seed, rank, turn, micro-batch) and nothing else."""
+        digest = hashlib.blake2b(struct.pack(f"<{len(stream) + 1}q", index, *stream), digest_size=8).digest()
+        rng = torch.Generator(device).manual_seed(int.from_bytes(digest, "little", signed=True))
+        return cls(index, rng, {} if shared is None else shared)
+
+    def randn(self, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal, float32."""
+        return torch.randn(shape, generator=self.rng, device=self.rng.device)
+
+    def rand(self, n: int) -> Tensor:
+        """Uniform in [0, 1), (n,), float64."""
+        return torch.rand(n, generator=self.rng, device=self.rng.device, dtype=torch.float64)
+
+    def integers(self, high: int, n: int) -> Tensor:
+        """Uniform in {0, ..., high - 1}, (n,), int64."""
+        return torch.randint(high, (n,), generator=self.rng, device=self.rng.device)
+
+
+class Loss:
+    """A scalar to backpropagate, and named terms to log.
+
+    Args:
+        total: what is minimised.
+        **terms: detached when logged; scalars.
+    """
+
+    def __init__(self, total: Tensor, **terms: Tensor):
+        self.total = total
+        self.terms = terms
+
+    def logs(self) -> dict[str, Tensor]:
+        """Detached scalars by name, ``loss`` among them; still on their device."""
+        return {"loss": self.total.detach()} | {k: v.detach() for k, v in self.terms.items()}
+
+
+class Turn:
+    """One optimizer update: losses backpropagated one after the other, then a step of those who move.
+
+    Args:
+        *losses: each (nets, batch, step) -> Loss; their graphs never coexist.
+        moves: names of the networks that are updated; everyone else is a fixed function.
+        every: the turn is taken at indices divisible by it (two-time-scale updates).
+        name: what the logs call it; default the networks moved.
+    """
+
+    def __init__(
+        self,
+        *losses: Callable[[Nets, Batch, Step], Loss],
+        moves: tuple[str, ...],
+        every: int = 1,
+        name: str | None = None,
+    ):
+        if every < 1:
+            raise ValueError(f"every must be at least 1; got {every}")
+        self.losses = losses
+        self.moves = moves
+        self.every = every
+        self.name = name or "+".join(moves)
+
+
+@dataclass(frozen=True)
+class Objective(ABC):
+    """Hyper-parameters of one method; its own config."""
+
+    needs: ClassVar[frozenset[str]]
+    """Networks that must be there: of student, teacher, critic, disc."""
+    data: ClassVar[frozenset[str]] = frozenset()
+    """Batch fields beyond the conditions that must be set: of x0, path. Empty: data-free."""
+    family: ClassVar[str]
+    paper: ClassVar[str]
+
+    @abstractmethod
+    def turns(self) -> tuple[Turn, ...]:
+        """The updates of one step, in the order of play."""
+
+    def averages(self) -> Mapping[str, float]:
+        """Running averages of the student that the method itself uses, name -> decay, kept in ``Nets``."""
+        return {}
+
+    def extras(self, student: Denoiser) -> dict[str, nn.Module]:
+        """Modules with state of the method's own, such as learned weightings; kept in ``Nets``."""
+        return {}
+
+
+_REGISTRY: dict[str, type[Objective]] = {}
+O = TypeVar("O", bound=type[Objective])  # noqa: E741
+
+
+def register(name: str, *, family: str, paper: str) -> Callable[[O], O]:
+    """Class decorator: put an objective into the table that recipes, ``stepdistill methods`` and the docs read.
+
+    Args:
+        name: its name in recipes and logs.
+        family: the folder it stands in.
+        paper: arXiv id.
+
+    Raises:
+        ValueError: if the name is taken.
+    """
+
+    def add(cls: O) -> O:
+        if name in _REGISTRY:
+            raise ValueError(f"objective {name!r} is registered already, by {_REGISTRY[name].__module__}")
+        cls.family, cls.paper = family, paper
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def registered() -> dict[str, type[Objective]]:
+    """All registered objectives by name."""
+    return dict(_REGISTRY)

@@ -1,0 +1,1 @@
+"""Consistency along the teacher's trajectories."""

@@ -1,0 +1,68 @@
+"""CD: consistency distillation. arXiv:2303.01469"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from stepdistill.functional.distances import L2, Distance
+from stepdistill.models.nets import Nets
+from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
+from stepdistill.sampling import Ddim, StepRule
+
+
+@register("cd", family="consistency", paper="2303.01469")
+@dataclass(frozen=True)
+class CD(Objective):
+    """Move the student's clean estimate at t onto its target's estimate one solver step further down (alg. 2).
+
+    The consistency function is the clean estimate itself: at t = 0 it returns its input on every path, which is the
+    boundary condition. The target is a running average of the student, replaced by the state at t = 0. With a
+    one-step solver the fixed point is that solver's own composition over the grid, not the exact ODE map.
+    """
+
+    needs = frozenset({"student", "teacher"})
+    data = frozenset({"x0"})
+
+    grid_start: int = 4
+    """Grid intervals at the start; few make the target travel far, many make it exact."""
+    grid_end: int = 8
+    """Grid intervals at the end."""
+    grow_until: int = 1000
+    """Step at which ``grid_end`` is reached; it doubles on the way, in equal stages."""
+    solver: StepRule = field(default_factory=Ddim)
+    """One step of the teacher's ODE. The paper uses Heun."""
+    target_decay: float = 0.95
+    """Of the target's running average (mu in the paper)."""
+    distance: Distance = field(default_factory=L2)
+    """Between the two clean estimates."""
+
+    def turns(self) -> tuple[Turn, ...]:
+        """One update of the student."""
+        return (Turn(self.student_loss, moves=("student",)),)
+
+    def averages(self) -> Mapping[str, float]:
+        """The target network."""
+        return {"target": self.target_decay}
+
+    def intervals(self, index: int) -> int:
+        """Grid intervals at step ``index``."""
+        stages = (self.grid_end // self.grid_start).bit_length()
+        stage = min(stages * index // max(self.grow_until, 1), stages - 1)
+        return min(self.grid_start << stage, self.grid_end)
+
+    def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
+        """Agreement of neighbours on the teacher's ODE."""
+        schedule, n = nets.student.schedule, self.intervals(step.index)
+        eps = step.randn(batch.shape)
+        i = step.integers(n, len(batch)) + 1
+        t, s = (i.double() / n) * schedule.t_max, ((i - 1).double() / n) * schedule.t_max
+
+        x_t = schedule.add_noise(batch.x0, eps, t)
+        with torch.no_grad():
+            x_s, _ = self.solver(nets.teacher, x_t, t, s, batch.cond, step.rng)
+            target = nets.target(x_s, s, batch.cond)
+        x0 = nets.student(x_t, t, batch.cond)
+        return Loss(self.distance(x0, target).mean())

@@ -1,0 +1,95 @@
+"""DMD2: distribution matching with a fake-score critic and a GAN. arXiv:2405.14867"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from stepdistill.functional.divergence import dmd_gap, pull
+from stepdistill.models.nets import Nets
+from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
+from stepdistill.parts.critic import denoising_loss
+from stepdistill.parts.gan import Gan
+from stepdistill.parts.rollout import BackwardSim, Rollout
+from stepdistill.parts.times import Times, Uniform, renoise
+
+
+@register("dmd2", family="score", paper="2405.14867")
+@dataclass(frozen=True)
+class DMD2(Objective):
+    """Move each student sample along (teacher - critic), the KL gradient of DMD eq. 7 under the weight of eq. 8.
+
+    The critic tracks the student by denoising its samples; critic and discriminator move ``student_every`` times per
+    student update (two time scales, sec. 4.2); the GAN brings in real data (sec. 4.3); a student of several steps is
+    trained on its own states (backward simulation, sec. 4.5). With ``gan.weight`` 0 no real data are needed.
+    """
+
+    needs = frozenset({"student", "teacher", "critic"})
+
+    rollout: Rollout = field(default_factory=BackwardSim)
+    """How the student makes its samples."""
+    times: Times = field(default_factory=lambda: Uniform(0.02, 0.98))
+    """Where teacher and critic are compared."""
+    critic_times: Times = field(default_factory=Uniform)
+    """Where the critic is fitted."""
+    gan: Gan = field(default_factory=Gan)
+    """The adversarial term."""
+    student_every: int = 5
+    """Critic updates per student update."""
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether there is a discriminator, and so a need for real data."""
+        return self.gan.weight > 0
+
+    @property
+    def data(self) -> frozenset[str]:  # type: ignore[override]
+        """Real samples for the GAN; nothing without it."""
+        return frozenset({"x0"}) if self.adversarial else frozenset()
+
+    def turns(self) -> tuple[Turn, ...]:
+        """The student's update, then the critic's and the discriminator's on the same samples."""
+        fit = (self.critic_loss, self.disc_loss) if self.adversarial else (self.critic_loss,)
+        moves = ("critic", "disc") if self.adversarial else ("critic",)
+        return (
+            Turn(self.student_loss, moves=("student",), every=self.student_every),
+            Turn(*fit, moves=moves),
+        )
+
+    def score_gap(self, nets: Nets, batch: Batch, step: Step) -> tuple[Tensor, Tensor]:
+        """Student samples (with a graph) and the direction to subtract from them, both (B, ...)."""
+        x0 = self.rollout(nets.student, batch, step)
+        step.shared["student_x0"] = x0.detach()
+        with torch.no_grad():
+            x_t, t, _ = renoise(nets.teacher.schedule, x0, self.times, step)
+            teacher_x0 = nets.teacher(x_t, t, batch.cond)
+            critic_x0 = nets.critic(x_t, t, batch.cond)
+        return x0, dmd_gap(x0, teacher_x0, critic_x0)
+
+    def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
+        """Distribution matching plus the adversarial term."""
+        x0, gap = self.score_gap(nets, batch, step)
+        dm = pull(x0, gap)
+        if not self.adversarial:
+            return Loss(dm)
+        adv = self.gan.student_term(nets.disc, nets.teacher.schedule, x0, batch.cond, step)
+        return Loss(dm + self.gan.weight * adv, dm=dm, adv=adv)
+
+    def samples(self, nets: Nets, batch: Batch, step: Step) -> Tensor:
+        """The samples that the student's turn has just made, or new ones where it was not its turn."""
+        if "student_x0" not in step.shared:
+            with torch.no_grad():
+                step.shared["student_x0"] = self.rollout(nets.student, batch, step)
+        return step.shared["student_x0"]
+
+    def critic_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
+        """Denoise the student's samples."""
+        return Loss(denoising_loss(nets.critic, self.samples(nets, batch, step), batch.cond, self.critic_times, step))
+
+    def disc_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
+        """Tell the student's samples from real ones of the same conditions."""
+        fake = self.samples(nets, batch, step)
+        loss, accuracy = self.gan.disc_term(nets.disc, nets.teacher.schedule, batch.x0, fake, batch.cond, step)
+        return Loss(loss, disc=loss, disc_accuracy=accuracy)

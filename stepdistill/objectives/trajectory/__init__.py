@@ -1,0 +1,1 @@
+"""Regression onto the teacher's trajectories."""

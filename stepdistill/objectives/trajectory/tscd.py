@@ -1,0 +1,69 @@
+"""TSCD: trajectory-segmented consistency distillation, Hyper-SD's first stage. arXiv:2404.13686"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from stepdistill.functional.distances import L2, Distance
+from stepdistill.functional.ode import jump
+from stepdistill.models.nets import Nets
+from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
+from stepdistill.parts.segments import Segments
+from stepdistill.sampling import Ddim, StepRule
+
+
+@register("tscd", family="trajectory", paper="2404.13686")
+@dataclass(frozen=True)
+class TSCD(Objective):
+    """Inside each segment, move the student's jump to a random end onto its target's jump from one solver step
+    further down (sec. 3.1).
+
+    A run covers one number of segments; Hyper-SD's 8 -> 4 -> 2 -> 1 is a chain of recipes, each warm-started from the
+    last and kept. With every end at the segment's lower edge this is PCM (arXiv:2405.18407); with one segment it is
+    CTM's pairing (arXiv:2310.02279) compared at the end itself.
+    """
+
+    needs = frozenset({"student", "teacher"})
+    data = frozenset({"x0"})
+
+    segments: Segments = field(default_factory=Segments)
+    """How many segments, and the solver's grid."""
+    to_edge: float = 0.0
+    """Share of samples whose jump ends at the segment's lower edge instead of a random point: 0 is the paper, 1 PCM."""
+    solver: StepRule = field(default_factory=Ddim)
+    """One step of the teacher's ODE."""
+    target_decay: float = 0.95
+    """Of the target's running average. *Unverified* in the paper."""
+    distance: Distance = field(default_factory=L2)
+    """Between the two jumps. MSE in the early stages of the paper, adversarial in the late ones."""
+
+    def turns(self) -> tuple[Turn, ...]:
+        """One update of the student."""
+        return (Turn(self.student_loss, moves=("student",)),)
+
+    def averages(self) -> Mapping[str, float]:
+        """The target network."""
+        return {"target": self.target_decay}
+
+    def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
+        """Agreement of two jumps to the same end, from neighbours on the teacher's ODE."""
+        schedule, segments, n = nets.student.schedule, self.segments, len(batch)
+        eps = step.randn(batch.shape)
+        i = step.integers(segments.solver_steps, n) + 1  # t is grid point i, s the one below
+        edge = segments.lower_edge(i)
+        share = torch.where(step.rand(n) < self.to_edge, 0.0, step.rand(n))
+        t, s, low = (segments.time(k) * schedule.t_max for k in (i, i - 1, edge))
+        end = low + share * (s - low)  # uniform in [edge, s]
+
+        x_t = schedule.add_noise(batch.x0, eps, t)
+        c_t, c_s, c_end = (schedule.coeffs(u, x_t) for u in (t, s, end))
+        with torch.no_grad():
+            x_s, _ = self.solver(nets.teacher, x_t, t, s, batch.cond, step.rng)
+            # At s = end the jump is the identity, so the target is the solver's state itself.
+            target = jump(x_s, nets.target(x_s, s, batch.cond), c_s, c_end)
+            target = torch.where((s == end).view_as(c_s.alpha), x_s, target)
+        moved = jump(x_t, nets.student(x_t, t, batch.cond), c_t, c_end)
+        return Loss(self.distance(moved, target).mean())

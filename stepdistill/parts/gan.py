@@ -1,0 +1,62 @@
+"""The adversarial term: both players look at samples noised to random times (Diffusion-GAN, arXiv:2206.02262)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from stepdistill.functional.gan import GanLoss, disc_accuracy, disc_loss, student_loss
+from stepdistill.models.denoiser import Cond
+from stepdistill.models.discriminator import Discriminator
+from stepdistill.objective import Step
+from stepdistill.parts.times import Times, Uniform, renoise
+from stepdistill.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Gan:
+    """Weight, loss and noise levels of an adversarial term."""
+
+    weight: float = 0.01
+    """Of the student's adversarial loss, next to the method's main term; 0 leaves the term out altogether."""
+    loss: GanLoss = "softplus"
+    times: Times = field(default_factory=lambda: Uniform(0.0, 0.5))
+    """Where the discriminator looks. At high noise real and fake are alike and nothing can be learned there."""
+    r1: float = 0.0
+    """Weight of the approximate R1 penalty, the change of the logits under a small perturbation of real samples."""
+    r1_noise: float = 0.1
+    """Its standard deviation, in units of the data."""
+
+    def student_term(self, disc: Discriminator, schedule: Schedule, x0: Tensor, cond: Cond, step: Step) -> Tensor:
+        """The student's loss on its samples ``x0`` (B, ...): a scalar, with a graph through the discriminator."""
+        x_t, t, _ = renoise(schedule, x0, self.times, step)
+        return student_loss(disc(x_t, t, cond), self.loss)
+
+    def disc_term(
+        self, disc: Discriminator, schedule: Schedule, real: Tensor, fake: Tensor, cond: Cond, step: Step
+    ) -> tuple[Tensor, Tensor]:
+        """The discriminator's loss on real and generated samples noised to the same times.
+
+        Args:
+            disc: the discriminator.
+            schedule: the noise path.
+            real: real samples, (B, ...).
+            fake: student samples of the same conditions, (B, ...); detached here.
+            cond: conditions, each (B, ...).
+            step: source of randomness.
+
+        Returns:
+            The loss and the accuracy (0.5 is chance), scalars.
+        """
+        t = self.times(schedule, len(real), step).repeat(2)
+        both = {k: torch.cat([v, v]) for k, v in cond.items()}
+        x_t = schedule.add_noise(torch.cat([real, fake.detach()]), step.randn((2 * len(real), *real.shape[1:])), t)
+        real_logits, fake_logits = disc(x_t, t, both).chunk(2)  # one evaluation of the backbone
+        loss = disc_loss(real_logits, fake_logits, self.loss)
+        if self.r1 > 0:
+            near = x_t[: len(real)] + self.r1_noise * step.randn(real.shape)
+            moved = disc(near, t[: len(real)], cond)
+            loss = loss + self.r1 * ((moved - real_logits) / self.r1_noise).square().mean()
+        return loss, disc_accuracy(real_logits, fake_logits)

@@ -1,0 +1,63 @@
+"""How the student makes the samples it is trained on. Values to put into an objective's ``rollout`` field."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stepdistill.objective import Batch, Step
+from stepdistill.sampling import at
+from stepdistill.student import Student
+
+
+class Rollout(ABC):
+    """Makes student samples; a gradient flows through the last network call only."""
+
+    @abstractmethod
+    def __call__(self, student: Student, batch: Batch, step: Step) -> Tensor:
+        """Clean samples (B, ...) for ``batch.cond``, with a graph if gradients are enabled."""
+
+
+@dataclass(frozen=True)
+class OneStep(Rollout):
+    """From pure noise in one call, at the first time of the student's grid."""
+
+    def __call__(self, student: Student, batch: Batch, step: Step) -> Tensor:
+        """See ``Rollout``."""
+        x = step.randn(batch.shape) * student.schedule.prior_std
+        return student(x, at(student.sampler.times[0] * student.schedule.t_max, x), batch.cond)
+
+
+@dataclass(frozen=True)
+class FromData(Rollout):
+    """From real data noised to a random time of the student's grid, one call (LADD; FastGen's multi-step default).
+
+    What the student meets in training is not quite what it meets when it samples: see ``BackwardSim``. At the first,
+    noisiest time the state is noise plus whatever signal the schedule leaves there.
+    """
+
+    def __call__(self, student: Student, batch: Batch, step: Step) -> Tensor:
+        """See ``Rollout``; needs ``batch.x0``."""
+        grid = torch.tensor(student.sampler.times, dtype=torch.float64, device=step.rng.device)
+        t = grid[step.integers(len(grid), len(batch))] * student.schedule.t_max
+        return student(student.schedule.add_noise(batch.x0, step.randn(batch.shape), t), t, batch.cond)
+
+
+@dataclass(frozen=True)
+class BackwardSim(Rollout):
+    """From the student's own states (DMD2, arXiv:2405.14867 sec. 4.5): draw a stop, sample down to it without a
+    graph by the very sampler that inference uses, then call the network once with a graph.
+
+    One stop for the whole batch. With a one-step sampler this is ``OneStep``.
+    """
+
+    def __call__(self, student: Student, batch: Batch, step: Step) -> Tensor:
+        """See ``Rollout``."""
+        stop = int(step.integers(student.sampler.steps, 1))
+        noise = step.randn(batch.shape)
+        with torch.no_grad():
+            x = student.sampler.run(student, noise, batch.cond, step.rng, stop=stop)
+        return student(x, at(student.sampler.times[stop] * student.schedule.t_max, x), batch.cond)

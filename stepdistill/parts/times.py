@@ -1,0 +1,84 @@
+"""How training times are drawn. Values to put into an objective's fields; all in fractions of the schedule's t_max."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stepdistill.objective import Step
+from stepdistill.schedule import Schedule
+
+
+class Times(ABC):
+    """A law of training times."""
+
+    @abstractmethod
+    def fractions(self, n: int, step: Step) -> Tensor:
+        """``n`` draws in [0, 1], float64."""
+
+    def __call__(self, schedule: Schedule, n: int, step: Step) -> Tensor:
+        """``n`` times of ``schedule``, (n,), float64."""
+        return self.fractions(n, step) * schedule.t_max
+
+
+@dataclass(frozen=True)
+class Uniform(Times):
+    """Uniform between two fractions, stratified over the batch: one draw in each of n equal cells, so that the losses
+    of different steps compare; every single time is still uniform.
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if not 0 <= self.low < self.high <= 1:
+            raise ValueError(f"times need 0 <= low < high <= 1; got low {self.low}, high {self.high}")
+
+    def fractions(self, n: int, step: Step) -> Tensor:
+        """See ``Times``."""
+        cells = torch.randperm(n, generator=step.rng, device=step.rng.device)  # so that no sample has its own cell
+        return self.low + (self.high - self.low) * (cells + step.rand(n)) / n
+
+
+@dataclass(frozen=True)
+class LogitNormal(Times):
+    """``sigmoid(mean + std z)`` (arXiv:2403.03206 sec. 3.1)."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def fractions(self, n: int, step: Step) -> Tensor:
+        """See ``Times``."""
+        return torch.sigmoid(self.mean + self.std * step.randn((n,)).double())
+
+
+@dataclass(frozen=True)
+class OnGrid(Times):
+    """One of the given times, all equally likely."""
+
+    times: tuple[float, ...] = (1.0,)
+
+    def fractions(self, n: int, step: Step) -> Tensor:
+        """See ``Times``."""
+        grid = torch.tensor(self.times, dtype=torch.float64, device=step.rng.device)
+        return grid[step.integers(len(grid), n)]
+
+
+def renoise(schedule: Schedule, x0: Tensor, times: Times, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise samples to freshly drawn times.
+
+    Args:
+        schedule: the noise path.
+        x0: samples, (B, ...); gradients flow through.
+        times: law of the times.
+        step: source of randomness.
+
+    Returns:
+        x_t (B, ...), t (B,), eps (B, ...).
+    """
+    t, eps = times(schedule, len(x0), step), step.randn(x0.shape)
+    return schedule.add_noise(x0, eps, t), t, eps

@@ -1,0 +1,209 @@
+"""A recipe: everything a run depends on, in one typed value that prints, saves and reads back."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from stepdistill.data import Data
+from stepdistill.objective import Objective
+from stepdistill.sampling import Sampler
+from stepdistill.trainer import AdamW, Run
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The pretrained pipeline to distil."""
+
+    source: str
+    """A local folder, a hub id, or ``bundled:NAME`` for a teacher under assets/."""
+    guidance: float = 1.0
+    """Classifier-free guidance that the student takes over, as pipelines' ``guidance_scale``; 1 is none."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Times between which guidance acts, as fractions."""
+    custom_pipeline: str | None = None
+    """File with the pipeline's class, where diffusers has none."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The discriminator, for methods that have one."""
+
+    backbone: Literal["teacher", "critic"] = "teacher"
+    """Whose features are read: the frozen teacher's (LADD) or the critic's, which moves along (DMD2)."""
+    taps: tuple[str, ...] = ()
+    """Submodules to read; empty takes the family's."""
+    width: int = 64
+    """Channels inside each head."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured at the end of a run on the bundled digits, teacher and student on the same noise."""
+
+    n: int = 5000
+    """Images; Frechet distances of different n never compare."""
+    seeds: tuple[int, ...] = (0,)
+    """Sampling seeds; two or more give error bars."""
+    teacher_steps: tuple[int, ...] = (1, 2, 4, 8, 50)
+    """Step counts at which the teacher is shown beside the student."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A teacher, a method, data and a schedule."""
+
+    teacher: Teacher
+    objective: Objective
+    data: Data
+    optim: dict[str, AdamW]
+    """One per network that the objective moves."""
+    sampler: Sampler = field(default_factory=Sampler)
+    """The few-step sampler that the student is trained for and exported with."""
+    run: Run = field(default_factory=Run)
+    heads: Heads = field(default_factory=Heads)
+    evaluation: Evaluation | None = None
+    """None measures nothing."""
+    warm_start: Recipe | None = None
+    """A recipe to run first; its student is where this one starts. Chains make stages, each kept."""
+
+    def __post_init__(self) -> None:
+        """Check what needs no network."""
+        missing = sorted(self.objective.data - self.data.provides)
+        if missing:
+            raise ValueError(
+                f"objective {type(self.objective).__name__} needs data with {missing}, and data "
+                f"{type(self.data).__name__} gives {sorted(self.data.provides) or 'conditions only'}"
+            )
+        movers = sorted({name for turn in self.objective.turns() for name in turn.moves})
+        if movers != sorted(self.optim):
+            raise ValueError(
+                f"optim must have one entry for each network that {type(self.objective).__name__} moves: {movers}; "
+                f"got {sorted(self.optim)}"
+            )
+
+    def stages(self) -> list[Recipe]:
+        """This recipe behind its warm starts, in the order they run."""
+        return [*(self.warm_start.stages() if self.warm_start else []), self]
+
+    def to_json(self) -> str:
+        """Everything, readable by ``from_json``."""
+        return json.dumps(encode(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "recipe") -> Recipe:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            ValueError: naming the field, the value and what was expected.
+        """
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{source}: not JSON ({error})") from error
+        return decode(value, cls, source)
+
+    @classmethod
+    def load(cls, path: Path) -> Recipe:
+        """Read a ``recipe.json``."""
+        return cls.from_json(path.read_text(), str(path))
+
+
+def encode(value: Any) -> Any:
+    """A dataclass tree as JSON values; every dataclass names its type."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {"type": type(value).__name__} | {
+            f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)
+        }
+    if isinstance(value, Mapping):
+        return {k: encode(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [encode(v) for v in value]
+    return value
+
+
+def decode(value: Any, expected: Any, where: str) -> Any:
+    """The inverse of ``encode`` for a declared type; ``where`` names the field in errors.
+
+    Raises:
+        ValueError: on an unknown type or field, a missing field, or a wrong type.
+    """
+    origin, args = typing.get_origin(expected), typing.get_args(expected)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        (only,) = [a for a in args if a is not type(None)]
+        return decode(value, only, where)
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"{where}: {value!r} is none of {', '.join(map(repr, args))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{where}: expected a list, got {value!r}")
+        kinds = args[:1] * len(value) if len(args) == 2 and args[1] is Ellipsis else args
+        if len(kinds) != len(value):
+            raise ValueError(f"{where}: expected {len(kinds)} values, got {len(value)}")
+        return tuple(decode(v, k, f"{where}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: expected an object, got {value!r}")
+        return {k: decode(v, args[1], f"{where}.{k}") for k, v in value.items()}
+    if (isinstance(expected, type) and dataclasses.is_dataclass(expected)) or _is_open(expected):
+        return _decode_dataclass(value, expected, where)
+    if expected is float and type(value) is int:
+        return float(value)
+    if type(value) is not expected:
+        raise ValueError(f"{where}: expected {expected.__name__}, got {value!r}")
+    return value
+
+
+def _is_open(expected: Any) -> bool:
+    """Whether a field is declared by a base class, such as ``Times``, and holds one of its subclasses."""
+    return isinstance(expected, type) and bool(expected.__subclasses__())
+
+
+def _subclasses(base: type) -> dict[str, type]:
+    found = {} if getattr(base, "__abstractmethods__", None) else {base.__name__: base}
+    for sub in base.__subclasses__():
+        found |= _subclasses(sub)
+    return found
+
+
+def _decode_dataclass(value: Any, expected: type, where: str) -> Any:
+    known = _subclasses(expected)
+    if not isinstance(value, dict) or value.get("type", expected.__name__) not in known:
+        name = value.get("type") if isinstance(value, dict) else value
+        raise ValueError(f"{where}: {name!r} is no {expected.__name__}{suggest(str(name), known)}")
+    cls = known[value.get("type", expected.__name__)]
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = [k for k in value if k != "type" and k not in fields]
+    if unknown:
+        raise ValueError(f"{where}.{unknown[0]}: no such field of {cls.__name__}{suggest(unknown[0], fields)}")
+    given = {k: decode(v, hints[k], f"{where}.{k}") for k, v in value.items() if k != "type"}
+    needed = [
+        name
+        for name, f in fields.items()
+        if name not in given and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if needed:
+        raise ValueError(f"{where}.{needed[0]}: missing field of {cls.__name__}")
+    try:
+        return cls(**given)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def suggest(name: str, known: typing.Iterable[str]) -> str:
+    """``; did you mean X?`` or the list of what there is."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(names)}"

@@ -1,0 +1,330 @@
+"""Samplers: a grid of times, a rule for one step, and the one loop over both.
+
+The same ``Sampler.run`` serves the teacher, the student's rollouts in training, evaluation and the tests that hold
+exported pipelines to it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from stepdistill.functional.ode import jump
+from stepdistill.models.denoiser import Cond, Predictor
+
+Rng = torch.Generator | Sequence[torch.Generator]
+"""One generator for the batch, or one per sample, so that a sample does not depend on its batch."""
+
+
+@dataclass(frozen=True)
+class Previous:
+    """What a multistep rule remembers of the step before."""
+
+    x0: Tensor
+    t: Tensor
+
+
+class StepRule(ABC):
+    """How to get from time t to time s < t."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        predict: Predictor,
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        cond: Cond,
+        rng: Rng,
+        *,
+        previous: Previous | None = None,
+        final: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """One step.
+
+        Args:
+            predict: what is sampled from.
+            x_t: states at time t, (B, ...).
+            t: times of the states, (B,).
+            s: times to go to, (B,), 0 <= s < t.
+            cond: conditions.
+            rng: source of fresh noise.
+            previous: the step before, None at the first.
+            final: s is 0 for all samples, so nothing need be evaluated or drawn for a step from there.
+
+        Returns:
+            The states at s and the clean estimates at t, both (B, ...).
+        """
+
+    def evaluations(self, steps: int) -> int:
+        """Network calls of a run of ``steps`` steps."""
+        return steps
+
+
+def at(t: float, like: Tensor) -> Tensor:
+    """Time ``t`` for every sample of ``like``: (B,), float64."""
+    return torch.full((len(like),), t, dtype=torch.float64, device=like.device)
+
+
+@dataclass(frozen=True)
+class Ddim(StepRule):
+    """The deterministic jump (arXiv:2010.02502, eta = 0); Euler's step on rectified-flow and EDM paths."""
+
+    def __call__(
+        self,
+        predict: Predictor,
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        cond: Cond,
+        rng: Rng,
+        *,
+        previous: Previous | None = None,
+        final: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """See ``StepRule``; draws nothing."""
+        x0 = predict(x_t, t, cond)
+        return jump(x_t, x0, predict.schedule.coeffs(t, x_t), predict.schedule.coeffs(s, x_t)), x0
+
+
+@dataclass(frozen=True)
+class Heun(StepRule):
+    """Two clean estimates averaged, second order; a step to the data is a jump (arXiv:2206.00364 alg. 1, in its
+    data-prediction form, which stays finite at alpha = 0). Two network calls a step but the last.
+    """
+
+    def __call__(
+        self,
+        predict: Predictor,
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        cond: Cond,
+        rng: Rng,
+        *,
+        previous: Previous | None = None,
+        final: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """See ``StepRule``; draws nothing."""
+        x_s, x0 = Ddim()(predict, x_t, t, s, cond, rng)
+        if final:
+            return x_s, x0
+        c_t, c_s = predict.schedule.coeffs(t, x_t), predict.schedule.coeffs(s, x_t)
+        x0 = torch.where(c_s.sigma == 0, x0, (x0 + predict(x_s, s, cond)) / 2)
+        return jump(x_t, x0, c_t, c_s), x0
+
+    def evaluations(self, steps: int) -> int:
+        """Two calls a step, one for the last."""
+        return 2 * steps - 1
+
+
+@dataclass(frozen=True)
+class DpmPP2M(StepRule):
+    """DPM-Solver++(2M) (arXiv:2211.01095 alg. 2): second order at one network call a step, first at both ends."""
+
+    def __call__(
+        self,
+        predict: Predictor,
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        cond: Cond,
+        rng: Rng,
+        *,
+        previous: Previous | None = None,
+        final: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """See ``StepRule``; draws nothing."""
+        x0 = slope = predict(x_t, t, cond)
+        if previous is not None and not final:
+            h_before = predict.schedule.logsnr(t) - predict.schedule.logsnr(previous.t)
+            h = predict.schedule.logsnr(s) - predict.schedule.logsnr(t)
+            r = (0.5 * h / h_before).to(x_t).view(-1, *[1] * (x_t.ndim - 1))  # 0 after a start at alpha = 0
+            slope = x0 + r * (x0 - previous.x0)
+        return jump(x_t, slope, predict.schedule.coeffs(t, x_t), predict.schedule.coeffs(s, x_t)), x0
+
+
+@dataclass(frozen=True)
+class Renoise(StepRule):
+    """Predict the clean sample, then add fresh noise (multistep consistency sampling, arXiv:2303.01469 alg. 1)."""
+
+    def __call__(
+        self,
+        predict: Predictor,
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        cond: Cond,
+        rng: Rng,
+        *,
+        previous: Previous | None = None,
+        final: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """See ``StepRule``; draws once, nothing in the final step."""
+        x0 = predict(x_t, t, cond)
+        return (x0 if final else predict.schedule.add_noise(x0, _randn(x_t, rng), s)), x0
+
+
+@dataclass(frozen=True)
+class Tcd(StepRule):
+    """Jump below s, then add the noise that leads back up to s (TCD, arXiv:2402.19159 eq. 26): gamma = 0 is the
+    deterministic jump, gamma = 1 re-noising from the data. The variance at s is sigma_s^2 for every gamma.
+    """
+
+    gamma: float = 0.3
+    """Stochasticity in [0, 1]; ``eta`` in diffusers' TCDScheduler."""
+    table: int = 1000
+    """Length of the scheduler's table: the point below s is rounded down to it, as TCDScheduler does; 0 keeps it."""
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma must lie in [0, 1]; got {self.gamma}")
+
+    def below(self, s: Tensor, t_max: float) -> Tensor:
+        """The times that the jump aims at, (1 - gamma) s."""
+        if not self.table:
+            return (1 - self.gamma) * s
+        # index i stands at (i + 1) / table; the guard keeps 498.99999 from becoming 498
+        index = ((1 - self.gamma) * (s / t_max * self.table - 1) + 1e-6).floor()
+        return torch.where(s > 0, (index + 1) / self.table * t_max, 0.0)
+
+    def __call__(
+        self,
+        predict: Predictor,
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        cond: Cond,
+        rng: Rng,
+        *,
+        previous: Previous | None = None,
+        final: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """See ``StepRule``; draws once, nothing in the final step or when gamma = 0."""
+        if final or self.gamma == 0:
+            return Ddim()(predict, x_t, t, s, cond, rng)
+        r = self.below(s, predict.schedule.t_max)
+        x_r, x0 = Ddim()(predict, x_t, t, r, cond, rng)
+        c_r, c_s = predict.schedule.coeffs(r, x_t), predict.schedule.coeffs(s, x_t)
+        ratio = c_s.alpha / c_r.alpha
+        return ratio * x_r + (c_s.sigma**2 - (ratio * c_r.sigma) ** 2).clamp_min(0).sqrt() * _randn(x_t, rng), x0
+
+
+def trailing(steps: int) -> tuple[float, ...]:
+    """``steps`` evenly spaced times that start at pure noise: 1, 1 - 1/steps, ..., 1/steps, as fractions of t_max.
+
+    On a 1000-entry table four steps are the indices 999, 749, 499, 249.
+
+    Raises:
+        ValueError: if ``steps`` is below 1.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1; got {steps}")
+    return tuple(1 - i / steps for i in range(steps))
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A few-step grid and the rule between its times. A student carries the one it was trained for."""
+
+    times: tuple[float, ...] = field(default_factory=lambda: trailing(4))
+    """When the network is called, as fractions of the schedule's ``t_max``: 1 >= t_0 > t_1 > ... > 0."""
+    rule: StepRule = field(default_factory=Ddim)
+    """How a step is made."""
+
+    def __post_init__(self) -> None:
+        """Check the grid."""
+        grid = (*self.times, 0.0)
+        if len(grid) < 2 or grid[0] > 1 or any(a <= b for a, b in pairwise(grid)):
+            raise ValueError(f"times must fall strictly from at most 1 and stay above 0; got {list(self.times)}")
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return len(self.times)
+
+    @property
+    def evaluations(self) -> int:
+        """Network calls of a whole run."""
+        return self.rule.evaluations(self.steps)
+
+    def run(
+        self, predict: Predictor, noise: Tensor, cond: Cond, rng: Rng, *, stop: int | None = None, path: bool = False
+    ) -> Tensor:
+        """Walk down the grid from noise.
+
+        Args:
+            predict: what is sampled from.
+            noise: standard normal, (B, ...).
+            cond: conditions.
+            rng: source of the rule's fresh noise.
+            stop: return the state at ``times[stop]``, before the network is called there; None runs to the data.
+            path: return all states instead, (B, K + 1, ...), from the noise to the end.
+
+        Returns:
+            (B, ...): the samples, or the state at ``times[stop]``.
+        """
+        t_max = predict.schedule.t_max
+        x, previous = noise * predict.schedule.prior_std, None
+        states = [x]
+        grid = (*self.times, 0.0)
+        for high, low in list(pairwise(grid))[:stop]:
+            t, s = at(high * t_max, x), at(low * t_max, x)
+            x, x0 = self.rule(predict, x, t, s, cond, rng, previous=previous, final=low == 0)
+            previous = Previous(x0, t)
+            states.append(x)
+        return torch.stack(states, 1) if path else x
+
+
+def _randn(like: Tensor, rng: Rng) -> Tensor:
+    generator = rng if isinstance(rng, torch.Generator) else list(rng)
+    return randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+
+
+def sample_rngs(seed: int, ids: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator per sample, ``seed * 2^32 + id``: a sample is the same in every batch, on every machine."""
+    return [torch.Generator().manual_seed((seed << 32) + i) for i in ids]
+
+
+@torch.no_grad()
+def sample(
+    predict: Predictor,
+    shape: Sequence[int],
+    cond: Cond,
+    sampler: Sampler,
+    *,
+    seed: int = 0,
+    first: int = 0,
+    batch: int = 256,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Draw samples whose noise depends on nothing but ``seed`` and each sample's number.
+
+    Args:
+        predict: teacher, student or average.
+        shape: shape of all samples, (N, ...), e.g. (100, 1, 8, 8).
+        cond: their conditions, each (N, ...).
+        sampler: grid and rule.
+        seed: the run's seed.
+        first: number of the first sample.
+        batch: samples evaluated at once; does not change any sample's noise.
+        device: where to evaluate.
+
+    Returns:
+        Samples of the given shape, in the range of the training data.
+    """
+    n = shape[0]
+    out = []
+    for start in range(0, n, batch):
+        part = {k: v[start : start + batch].to(device) for k, v in cond.items()}
+        rngs = sample_rngs(seed, range(first + start, first + min(start + batch, n)))
+        noise = randn_tensor((len(rngs), *shape[1:]), generator=rngs, device=torch.device(device), dtype=torch.float32)
+        out.append(sampler.run(predict, noise, part, rngs))
+    return torch.cat(out)
