@@ -165,7 +165,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def _listed(timesteps: Sequence[float]) -> str:
         return ", ".join(f"{t:g}" for t in timesteps)
 
-    def _noise(self, n: int, generator: torch.Generator | list[torch.Generator] | None, latents: Tensor | None) -> Tensor:
+    def _noise(
+        self, n: int, generator: torch.Generator | list[torch.Generator] | None, latents: Tensor | None
+    ) -> Tensor:
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         shape = (n, self.unet.config.in_channels, height, width)

@@ -66,11 +66,19 @@ class Built:
     trainer: Trainer
 
 
-def build(recipe: Recipe, *, start: Student | None = None, out: Path | None = None, cache: Path | None = None) -> Built:
+def build(
+    recipe: Recipe,
+    *,
+    opened: Opened | None = None,
+    start: Student | None = None,
+    out: Path | None = None,
+    cache: Path | None = None,
+) -> Built:
     """Open the teacher, make everyone else, and a trainer over them.
 
     Args:
         recipe: what to build; its warm start is not run here.
+        opened: the teacher, where it is open already (a live pipeline); None opens the recipe's.
         start: the student of a warm start; None starts from the teacher.
         out: run directory of the trainer.
         cache: folder for data that is costly to make.
@@ -79,7 +87,7 @@ def build(recipe: Recipe, *, start: Student | None = None, out: Path | None = No
         ValueError: if the teacher cannot be opened, or parts of the recipe do not fit it.
     """
     run, optim = recipe.run, recipe.optim
-    opened = open_teacher(recipe.teacher, getattr(torch, run.dtype))
+    opened = opened or open_teacher(recipe.teacher, getattr(torch, run.dtype))
     torch.manual_seed(run.seed)  # for initial weights of heads and extras; everything later draws from Step
     nets = Nets()
     nets["teacher"] = Guided(opened.denoiser, recipe.teacher.guidance, opened.null, interval=recipe.teacher.interval)

@@ -102,7 +102,7 @@ class Checkpoints:
         for path in reversed(self.paths()):
             try:
                 meta, tensors = _read(path)
-            except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+            except (SafetensorError, OSError, ValueError) as error:
                 damaged.append(f"{path.name} ({str(error).splitlines()[0]})")
                 warnings.warn(f"checkpoint {path} is damaged and passed over: {damaged[-1]}", stacklevel=2)
                 continue
@@ -115,7 +115,9 @@ class Checkpoints:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with safe_open(path, framework="pt") as file:
-        meta = json.loads(file.metadata()["stepdistill"])
+        meta = json.loads((file.metadata() or {}).get("stepdistill", "{}"))
+        if meta.get("format") != FORMAT:
+            raise ValueError(f"not a {FORMAT}")
         return meta, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 import sklearn.datasets
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -76,7 +78,13 @@ class Data(ABC):
 
     @abstractmethod
     def open(self, setting: Setting) -> Callable[[Step], Batch]:
-        """A function from a step to its batch that depends on the step's index and randomness alone."""
+        """A function from a step to its batch that depends on the step's index and randomness alone.
+
+        The index counts batches: with accumulation a step of the trainer takes several.
+        """
+
+    def check(self, sampler: Sampler) -> None:  # noqa: B027 (most sources serve every student)
+        """Raise a ValueError if this source cannot serve a student with that sampler; opens nothing."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +96,16 @@ class Labels(Data):
     classes: int = 10
     """Labels are 0 ... classes - 1."""
 
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if self.classes < 1:
+            raise ValueError(f"data.classes must be at least 1; got {self.classes}")
+
     def open(self, setting: Setting) -> Callable[[Step], Batch]:
         """See ``Data``."""
         family, net = setting.opened.family, setting.opened.denoiser.net
         shape = (setting.batch, *setting.opened.sample_shape)
+        family.cond(net, {"labels": torch.arange(self.classes)})  # the network must know all of them
 
         def batch(step: Step) -> Batch:
             labels = step.integers(self.classes, setting.batch)
@@ -109,6 +123,11 @@ class DigitsData(Data):
     def open(self, setting: Setting) -> Callable[[Step], Batch]:
         """See ``Data``."""
         digits = load_digits("train")
+        if setting.opened.sample_shape != digits.images.shape[1:]:
+            raise ValueError(
+                f"data DigitsData holds images of shape {tuple(digits.images.shape[1:])}; "
+                f"the teacher's are {setting.opened.sample_shape}"
+            )
         cond = setting.opened.family.cond(setting.opened.denoiser.net, {"labels": digits.labels})
         cond, x0 = _to(cond, setting.device), digits.images.to(setting.device)
         rows_of = _epochs(len(x0), setting.batch, setting.seed)
@@ -139,15 +158,30 @@ class TeacherPairs(Data):
     solver: Sampler = field(default_factory=lambda: Sampler(trailing(16), DpmPP2M()))
     """How the teacher is sampled: the student's ceiling."""
 
-    def open(self, setting: Setting) -> Callable[[Step], Batch]:
-        """See ``Data``."""
-        grid = {round(t, 9): i for i, t in enumerate((*self.solver.times, 0.0))}
-        outside = [t for t in setting.sampler.times if round(t, 9) not in grid]
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.count < 1 or self.classes < 1:
+            raise ValueError(
+                f"data.count and data.classes must be at least 1; got count {self.count}, classes {self.classes}"
+            )
+
+    def check(self, sampler: Sampler) -> None:
+        """The student's times must be states of the solver."""
+        grid = self._grid()
+        outside = [t for t in sampler.times if round(t, 9) not in grid]
         if outside:
             raise ValueError(
                 f"the student's time {outside[0]:g} is not on the solver's grid of {self.solver.steps} steps; "
-                f"let data.solver have a multiple of {setting.sampler.steps} steps"
+                f"let data.solver have a multiple of {sampler.steps} steps"
             )
+
+    def _grid(self) -> dict[float, int]:
+        return {round(t, 9): i for i, t in enumerate((*self.solver.times, 0.0))}
+
+    def open(self, setting: Setting) -> Callable[[Step], Batch]:
+        """See ``Data``."""
+        self.check(setting.sampler)
+        grid = self._grid()
         states = [grid[round(t, 9)] for t in (*setting.sampler.times, 0.0)]
         labels = torch.arange(self.count) % self.classes
         cond = setting.opened.family.cond(setting.opened.denoiser.net, {"labels": labels})
@@ -165,10 +199,15 @@ class TeacherPairs(Data):
 
     def _paths(self, setting: Setting, cond: Cond) -> Tensor:
         """All states of all trajectories, (count, solver steps + 1, ...), from the cache if they are there."""
-        key = f"{self!r} {setting.seed} {setting.teacher.scale} {weights_hash(setting.opened.denoiser.net)}"
+        teacher, denoiser = setting.teacher, setting.opened.denoiser
+        guidance = f"{teacher.scale} {teacher.interval}"
+        key = f"{self!r} {setting.seed} {guidance} {denoiser.dtype} {weights_hash(denoiser.net)}"
         name = f"pairs-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
         if setting.cache is not None and (setting.cache / name).is_file():
-            return load_file(setting.cache / name)["path"]
+            try:
+                return load_file(setting.cache / name)["path"]
+            except (SafetensorError, KeyError) as error:
+                warnings.warn(f"{setting.cache / name} is damaged ({error}) and is made anew", stacklevel=2)
         parts = []
         with Progress("teacher trajectories", 0, self.count) as progress, torch.no_grad():
             for start in range(0, self.count, 500):

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,22 @@ _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # those that
 _AS_SAMPLED = {"clip_sample": False, "thresholding": False, "set_alpha_to_one": True}  # ``Sampler`` clips nothing
 
 
+def check_exportable(student: Student, opened: Opened) -> None:
+    """Make sure, before training it, that diffusers will be able to sample a student as it is trained.
+
+    Args:
+        student: its network's class, its sampler, schedule and kind count; its weights do not.
+        opened: the teacher.
+
+    Raises:
+        ValueError: if its network cannot be exported, or no stock scheduler goes its way; names the cure.
+    """
+    net = student.net
+    if type(net).__name__ != _NET_CLASS:
+        raise ValueError(f"the student's network is a {type(net).__name__}; export writes {_NET_CLASS} only")
+    _scheduler(student, opened, net.config.num_class_embeds is not None)
+
+
 def save_pipeline(
     student: Student, opened: Opened, path: str | Path, *, teacher: str | None = None, method: str | None = None
 ) -> Path:
@@ -51,8 +67,9 @@ def save_pipeline(
     Args:
         student: the network to write, and the sampler that it was trained for.
         opened: the teacher: its noise table and its null condition.
-        path: the folder; a pipeline that is already there is replaced.
-        teacher: the teacher's name for the model card; None takes the hub id or folder that it was loaded from.
+        path: the folder; an exported student that is already there is replaced, nothing else is.
+        teacher: the teacher's name for the model card; None takes what it was loaded from. Of a folder, only its
+            name is written.
         method: the method's name for the model card.
 
     Returns:
@@ -60,14 +77,13 @@ def save_pipeline(
 
     Raises:
         ValueError: if no stock scheduler samples as the student does, a weight is not finite, or ``path`` holds
-            something that is no pipeline. Nothing is written then.
+            something else than an exported student. Nothing is written then.
         FileNotFoundError: if the repository's pipelines/ is not there to copy from.
         OSError: if it cannot be written, as on a full disk; what was at ``path`` is untouched.
     """
     path = Path(os.path.realpath(path))  # through links, so that the folder is replaced and not the link
     net = student.net
-    if type(net).__name__ != _NET_CLASS:
-        raise ValueError(f"the student's network is a {type(net).__name__}; export writes {_NET_CLASS} only")
+    check_exportable(student, opened)
     for name, value in net.state_dict().items():
         if not bool(value.isfinite().all()):
             raise ValueError(f"weight {name} of the student is not finite; export an earlier checkpoint")
@@ -76,15 +92,17 @@ def save_pipeline(
     code = project_dir("pipelines") / _PIPELINE_FILE
     index = _index(student, opened, scheduler, conditional)
     lines = _sampling_lines(path.name, conditional, student.sampler.steps)
-    card = _card(student, scheduler, lines, teacher or _origin(opened), method)
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / "model_index.json").is_file()):
-        raise ValueError(f"{path} is there and holds no pipeline, so it is not replaced; choose another path")
+    card = _card(student, scheduler, lines, _public_name(teacher, opened), method)
+    if not _replaceable(path):
+        raise ValueError(f"{path} is there and holds no exported student, so it is not replaced; choose another path")
 
     with _replacing(path) as folder:
         net.save_pretrained(folder / "unet", safe_serialization=True, max_shard_size="1000GB")  # one file
-        config = json.loads((folder / "unet" / "config.json").read_text())
+        config_file = folder / "unet" / "config.json"
+        config = json.loads(config_file.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)  # where the teacher lay on this machine
-        _write_json(folder / "unet" / "config.json", config)
+        _write_json(config_file, config)
+        (folder / "unet" / WEIGHTS).chmod(config_file.stat().st_mode)  # safetensors leaves it to its owner alone
         scheduler.save_pretrained(folder / "scheduler")
         _write_json(folder / "model_index.json", index)
         if conditional:
@@ -267,8 +285,8 @@ def _card(student: Student, scheduler: SchedulerMixin, lines: str, teacher: str,
     steps = f"{k} step{'s' * (k > 1)}"
     if conditional:
         note = (
-            "`pipeline.py` in this folder is the pipeline's code; diffusers asks for `trust_remote_code=True` to run it, "
-            "from a local folder too. Any other number of steps is refused."
+            "`pipeline.py` in this folder is the pipeline's code; diffusers runs it only with "
+            "`trust_remote_code=True`, from a local folder too. It refuses any other number of steps."
         )
     else:
         note = f"A stock `DDIMPipeline`: always pass `num_inference_steps={k}`, its own default is 50."
@@ -301,10 +319,9 @@ def _card(student: Student, scheduler: SchedulerMixin, lines: str, teacher: str,
     )
 
 
-def _origin(opened: Opened) -> str:
-    source = opened.pipeline.name_or_path
-    if source is None:
-        return type(opened.pipeline).__name__  # a live pipeline
+def _public_name(source: str | None, opened: Opened) -> str:
+    """A hub id or name as it is; of a folder its last part only, since cards are published and paths are private."""
+    source = source or opened.pipeline.name_or_path or type(opened.pipeline).__name__  # the last for live pipelines
     return Path(source).resolve().name if Path(source).exists() or Path(source).is_absolute() else source
 
 
@@ -313,6 +330,18 @@ def _write_json(file: Path, value: dict[str, Any]) -> None:
 
 
 # Writing whole or not at all
+
+
+def _replaceable(path: Path) -> bool:
+    """Nothing, an empty folder or an exported student; never a teacher or anybody's files."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return True
+    if not (path / "model_index.json").is_file():
+        return False
+    if _read_json(path / "model_index.json").get("trained_steps"):
+        return True
+    config = path / "scheduler" / "scheduler_config.json"
+    return config.is_file() and bool(_read_json(config).get("_trained_steps"))
 
 
 @contextmanager
@@ -408,7 +437,10 @@ def _trained_steps(path: Path, index: dict[str, Any], scheduler: SchedulerMixin)
     for key, wanted in _AS_SAMPLED.items():
         if scheduler.config[key] != wanted:
             raise ValueError(f"{file}: {key} must be {wanted}, as the student was trained; export it again")
-    _set_timesteps(file, scheduler, steps)
+    try:
+        scheduler.set_timesteps(steps)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}; export the student again") from error
     found, wanted = scheduler.timesteps.tolist(), _even_timesteps(steps, n)
     if found != wanted:
         raise ValueError(f"{file}: yields timesteps {found}, not the trained {wanted}; export the student again")
@@ -417,8 +449,8 @@ def _trained_steps(path: Path, index: dict[str, Any], scheduler: SchedulerMixin)
 
 def _load_net(folder: Path, net_class: str) -> nn.Module:
     config, file = _read_json(folder / "config.json"), folder / WEIGHTS
-    pickles: Sequence[Path] = sorted(p for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if not file.is_file():
+        pickles = sorted(p for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         found = f" (there is {pickles[0].name}, a pickle, which is never opened)" if pickles else ""
         raise FileNotFoundError(f"{file} is missing{found}; export the student again")
     try:

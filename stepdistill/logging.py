@@ -15,6 +15,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from stepdistill.checkpoint import write_atomically
+
 CHANCE = 0.55
 """Mean accuracy below which a discriminator counts as guessing."""
 PATIENCE = 300
@@ -62,9 +64,8 @@ class MetricsFile:
         self._counts = {name: count for name, (_, count) in window.items()}
         self._last = index
         if self.path and self.path.exists():
-            lines = self.path.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= index]
-            self.path.write_text("".join(f"{line}\n" for line in kept))
+            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= index]
+            write_atomically(self.path, lambda aside: aside.write_text("".join(f"{line}\n" for line in kept)))
 
     def _watch(self, means: Mapping[str, float], index: int) -> None:
         for name, value in means.items():
@@ -72,7 +73,7 @@ class MetricsFile:
                 continue
             before = self._guessing.get(name, 0)
             if before < 0:
-                continue  # it has learned, or has been warned about
+                continue  # it has been warned about
             guessing = before + index - self._last if value < CHANCE else 0
             if guessing >= PATIENCE:
                 warnings.warn(
@@ -84,6 +85,13 @@ class MetricsFile:
                 guessing = -1
             self._guessing[name] = guessing
         self._last = index
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return float("inf")  # the torn last line of a killed process: after every checkpoint
 
 
 def brief(means: Mapping[str, float]) -> str:
@@ -146,5 +154,5 @@ class Progress:
     def _line(self) -> None:
         self._shown = time.monotonic()
         rate = (self.done - self._begun) / max(self._shown - self._start, 1e-9)
-        left = (self.total - self.done) / rate if rate > 0 else float("nan")
-        print(f"{self.title}  {self.done}/{self.total}  {left:.0f} s left  {self._text}", file=sys.stderr, flush=True)
+        left = f"  {(self.total - self.done) / rate:.0f} s left" if rate > 0 else ""
+        print(f"{self.title}  {self.done}/{self.total}{left}  {self._text}".rstrip(), file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -16,6 +17,9 @@ from stepdistill.data import Data
 from stepdistill.objective import Objective
 from stepdistill.sampling import Sampler
 from stepdistill.trainer import AdamW, Run
+
+NEIGHBOURS = 5
+"""Of precision and recall; an evaluation needs more images than that."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,14 @@ class Teacher:
     custom_pipeline: str | None = None
     """File with the pipeline's class, where diffusers has none."""
 
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        low, high = self.interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"teacher.interval must be two rising fractions in [0, 1]; got {list(self.interval)}")
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(f"teacher.guidance must be at least 0, and 1 is none; got {self.guidance}")
+
 
 @dataclass(frozen=True)
 class Heads:
@@ -43,6 +55,11 @@ class Heads:
     width: int = 64
     """Channels inside each head."""
 
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.width < 1:
+            raise ValueError(f"heads.width must be at least 1; got {self.width}")
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -54,6 +71,15 @@ class Evaluation:
     """Sampling seeds; two or more give error bars."""
     teacher_steps: tuple[int, ...] = (1, 2, 4, 8, 50)
     """Step counts at which the teacher is shown beside the student."""
+
+    def __post_init__(self) -> None:
+        """Check ranges here: it is used only when all training is done."""
+        if self.n <= NEIGHBOURS:
+            raise ValueError(f"evaluation.n must be larger than {NEIGHBOURS}, the neighbours looked at; got {self.n}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or not all(0 <= s < 2**31 for s in self.seeds):
+            raise ValueError(f"evaluation.seeds must be different numbers from 0 to 2^31 - 1; got {list(self.seeds)}")
+        if not self.teacher_steps or min(self.teacher_steps) < 1:
+            raise ValueError(f"evaluation.teacher_steps must be step counts from 1; got {list(self.teacher_steps)}")
 
 
 @dataclass(frozen=True)
@@ -88,6 +114,15 @@ class Recipe:
                 f"optim must have one entry for each network that {type(self.objective).__name__} moves: {movers}; "
                 f"got {sorted(self.optim)}"
             )
+        if "disc" in self.optim and self.heads.backbone == "critic" and "critic" not in self.objective.needs:
+            method = type(self.objective).__name__
+            raise ValueError(f"heads.backbone is 'critic', and {method} has no critic; use 'teacher'")
+        self.data.check(self.sampler)
+        if self.warm_start is not None and self.warm_start.teacher.source != self.teacher.source:
+            raise ValueError(
+                f"warm_start.teacher.source must be this recipe's own, {self.teacher.source!r}; "
+                f"got {self.warm_start.teacher.source!r}"
+            )
 
     def stages(self) -> list[Recipe]:
         """This recipe behind its warm starts, in the order they run."""
@@ -108,12 +143,19 @@ class Recipe:
             value = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{source}: not JSON ({error})") from error
-        return decode(value, cls, source)
+        try:
+            return decode(value, cls, "recipe")
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
 
     @classmethod
     def load(cls, path: Path) -> Recipe:
         """Read a ``recipe.json``."""
-        return cls.from_json(path.read_text(), str(path))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not text ({error})") from error
+        return cls.from_json(text, str(path))
 
 
 def encode(value: Any) -> Any:
@@ -156,21 +198,17 @@ def decode(value: Any, expected: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"{where}: expected an object, got {value!r}")
         return {k: decode(v, args[1], f"{where}.{k}") for k, v in value.items()}
-    if (isinstance(expected, type) and dataclasses.is_dataclass(expected)) or _is_open(expected):
-        return _decode_dataclass(value, expected, where)
     if expected is float and type(value) is int:
         return float(value)
-    if type(value) is not expected:
-        raise ValueError(f"{where}: expected {expected.__name__}, got {value!r}")
-    return value
-
-
-def _is_open(expected: Any) -> bool:
-    """Whether a field is declared by a base class, such as ``Times``, and holds one of its subclasses."""
-    return isinstance(expected, type) and bool(expected.__subclasses__())
+    if expected in (bool, int, float, str):
+        if type(value) is not expected:
+            raise ValueError(f"{where}: expected {expected.__name__}, got {value!r}")
+        return value
+    return _decode_dataclass(value, expected, where)
 
 
 def _subclasses(base: type) -> dict[str, type]:
+    """What may stand in a field declared by a base class, such as ``Times``, or by a class of its own."""
     found = {} if getattr(base, "__abstractmethods__", None) else {base.__name__: base}
     for sub in base.__subclasses__():
         found |= _subclasses(sub)

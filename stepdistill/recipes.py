@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 from stepdistill.paths import project_dir
 from stepdistill.recipe import Recipe, suggest
+
+T = TypeVar("T")
 
 
 def bundled() -> dict[str, Callable[[], Recipe]]:
@@ -28,7 +33,7 @@ def find(name: str) -> Recipe:
         name: a function under train/, ``file.py`` (with one recipe), ``file.py:function``, or a ``recipe.json``.
 
     Raises:
-        ValueError: if there is none; suggests a close name.
+        ValueError: if there is none, with a close name; or if a file cannot be run.
         FileNotFoundError: if a file is named that is not there.
     """
     path_text, _, wanted = name.partition(":") if ".py" in name else (name, "", "")
@@ -40,17 +45,37 @@ def find(name: str) -> Recipe:
     recipes = _recipes_in(_import(path)) if path.suffix == ".py" else bundled()
     if path.suffix == ".py" and not wanted and len(recipes) == 1:
         (wanted,) = recipes
+    if not recipes:
+        raise ValueError(f"recipe {name!r}: no function without arguments and with `-> Recipe` in that file")
+    if path.suffix == ".py" and not wanted:
+        raise ValueError(f"recipe {name!r}: choose one of {', '.join(f'{name}:{r}' for r in sorted(recipes))}")
     wanted = wanted or name
     if wanted not in recipes:
         raise ValueError(f"recipe {wanted!r}: not known{suggest(wanted, recipes)}")
-    return recipes[wanted]()
+    return _run(recipes[wanted], f"recipe {name!r}")
 
 
 def _import(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"stepdistill_recipes_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The file as a module, run once: objectives in it are registered, and their types are found by module name."""
+    path = path.resolve()
+    name = f"stepdistill_recipes_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        try:
+            _run(lambda: spec.loader.exec_module(module), f"recipe file {path}")
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _run(code: Callable[[], T], what: str) -> T:
+    """Somebody's own code, whose mistakes are bad input and not ours."""
+    try:
+        return code()
+    except Exception as error:
+        raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 def _recipes_in(module: ModuleType) -> dict[str, Callable[[], Recipe]]:

@@ -122,7 +122,7 @@ class GaussianTeacher(ExactTeacher):
     def __init__(self, mean: Tensor, cov: Tensor, schedule: Schedule, means: Tensor | None = None):
         super().__init__(schedule)
         mean, cov = mean.detach().double(), cov.detach().double()
-        means = mean.new_zeros(0, len(mean)) if means is None else means.detach().double()
+        means = mean.new_zeros(0, *mean.shape) if means is None else means.detach().double()
         if mean.ndim != 1 or cov.shape != 2 * mean.shape or means.shape[1:] != mean.shape:
             raise ValueError(
                 f"need mean (D,), cov (D, D) and means (C, D); got {tuple(mean.shape)}, {tuple(cov.shape)} and "
@@ -270,7 +270,7 @@ class MixtureTeacher(ExactTeacher):
             ValueError: if the data are not one-dimensional.
         """
         x, c = self._flat(x_t, t)
-        return self._tails(x, c, cond)[0].view(x_t.shape).to(x_t.dtype)
+        return self._log_tails(x, c, cond)[0].exp().view(x_t.shape).to(x_t.dtype)
 
     @torch.no_grad()
     def flow_map(self, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
@@ -281,14 +281,15 @@ class MixtureTeacher(ExactTeacher):
         """
         x, c_t = self._flat(x_t, t)
         c_s = self.schedule.coeffs(s, x)
-        left, right = self._tails(x, c_t, cond)
-        reach = 40 * self._noised_variances(c_s).sqrt()  # beyond it both tails are zero in float64
+        left, right = self._log_tails(x, c_t, cond)
+        # No point is further from a mode, in its standard deviations, than the farthest before.
+        reach = self._scores(x, c_t).abs().amax(1, keepdim=True) * self._noised_variances(c_s).sqrt()
         low = (c_s.alpha * self.means.T - reach).amin(1, keepdim=True)
         high = (c_s.alpha * self.means.T + reach).amax(1, keepdim=True)
         for _ in range(100):
             middle = (low + high) / 2
-            l_s, r_s = self._tails(middle, c_s, cond)
-            too_low = torch.where(left < right, l_s < left, r_s > right)  # compare the tail that has the digits
+            l_s, r_s = self._log_tails(middle, c_s, cond)
+            too_low = torch.where(left < right, l_s < left, r_s > right)  # compare the smaller tail: it has the digits
             low, high = torch.where(too_low, middle, low), torch.where(too_low, high, middle)
         return ((low + high) / 2).view(x_t.shape).to(x_t.dtype)
 
@@ -317,14 +318,16 @@ class MixtureTeacher(ExactTeacher):
         log_normal = -0.5 * (off.square().sum(2) / v + self.dim * (2 * math.pi * v).log())
         return self._rows(cond) + log_normal, off
 
-    def _tails(self, x: Tensor, c: Coeffs, cond: Cond | None) -> tuple[Tensor, Tensor]:
-        """Probability to the left and to the right of each point, (B, 1) both."""
+    def _log_tails(self, x: Tensor, c: Coeffs, cond: Cond | None) -> tuple[Tensor, Tensor]:
+        """Log probability to the left and to the right of each point, (B, 1) both."""
         if self.dim != 1:
-            raise ValueError(
-                f"distribution functions and the exact flow need data on a line; these have {self.dim} dims"
-            )
-        z, w = (x - c.alpha * self.means.T) / self._noised_variances(c).sqrt(), self._rows(cond).exp()
-        return tuple((w * torch.special.ndtr(u)).sum(1, keepdim=True) for u in (z, -z))
+            raise ValueError(f"distribution functions and exact flows need data on a line; these have {self.dim} dims")
+        z, rows = self._scores(x, c), self._rows(cond)
+        left, right = (rows + torch.special.log_ndtr(u) for u in (z, -z))
+        return left.logsumexp(1, keepdim=True), right.logsumexp(1, keepdim=True)
+
+    def _scores(self, x: Tensor, c: Coeffs) -> Tensor:
+        return (x - c.alpha * self.means.T) / self._noised_variances(c).sqrt()  # (B, K)
 
     def _noised_variances(self, c: Coeffs) -> Tensor:
         return c.alpha**2 * self.stds.square() + c.sigma**2  # (B, K)

@@ -23,7 +23,10 @@ from stepdistill.models.nets import Nets, only_trains, update_average
 from stepdistill.objective import Batch, Objective, Step
 
 Source = Callable[[Step], Batch]
-"""Where batches come from: a function of the step's index and randomness alone, so that a resumed run sees the same."""
+"""Where batches come from: a function of the step's index and randomness alone, so that a resumed run sees the same.
+
+The index counts micro-batches: step i of a trainer that accumulates four asks for 4 i, ..., 4 i + 3.
+"""
 
 _DATA = -1  # the data's stream of randomness, next to one per turn
 
@@ -42,6 +45,18 @@ class AdamW:
     """How the rate falls after the warm-up."""
     final: float = 0.02
     """Where it falls to, as a share of ``lr``."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("lr", "weight_decay", "warmup"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"AdamW.{name} must be at least 0; got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"AdamW.betas must lie in [0, 1); got {list(self.betas)}")
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"AdamW.eps must be above 0; got {self.eps}")
+        if not 0 <= self.final <= 1:
+            raise ValueError(f"AdamW.final must lie in [0, 1]; got {self.final}")
 
     def build(self, params: Iterator[torch.nn.Parameter]) -> Optimizer:
         """The optimizer, with one fused kernel for the whole update."""
@@ -95,8 +110,13 @@ class Run:
         for name in ("steps", "batch", "accumulate", "log_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("clip", "preview_every", "save_every"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"run.{name} must be at least 0; got {getattr(self, name)}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"run.ema must lie in [0, 1); got {self.ema}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"run.seed must lie in [0, 2^63); got {self.seed}")
 
 
 class Trainer:
@@ -128,11 +148,11 @@ class Trainer:
         out: Path | None = None,
         preview: Callable[[torch.nn.Module, int], None] | None = None,
     ):
-        missing = sorted(objective.needs - set(nets))
-        if missing:
-            raise ValueError(f"{type(objective).__name__} needs {missing}; got {sorted(nets)}")
         self.turns = objective.turns()
         movers = {name for turn in self.turns for name in turn.moves}
+        missing = sorted((objective.needs | movers) - set(nets))
+        if missing:
+            raise ValueError(f"{type(objective).__name__} needs {missing}; got {sorted(nets)}")
         if movers != set(optimizers):
             raise ValueError(
                 f"{type(objective).__name__} moves {sorted(movers)}, one optimizer each; got {sorted(optimizers)}"
@@ -154,22 +174,25 @@ class Trainer:
             Logged scalars by ``turn/term``, still on their device.
 
         Raises:
-            FloatingPointError: if a gradient is not finite; names the turn. Nobody moves in that turn.
+            FloatingPointError: if a loss or a gradient is not finite; names the turn. Nobody moves in that turn.
         """
         logs: dict[str, Tensor] = {}
-        seed, device = self.run.seed, self.run.device
-        micro_batches = [(self.data(Step.at(index, seed, _DATA, micro)), {}) for micro in range(self.run.accumulate)]
+        seed, device, parts = self.run.seed, self.run.device, self.run.accumulate
+        micro_batches = [(self.data(Step.at(index * parts + micro, seed, _DATA, micro)), {}) for micro in range(parts)]
         for k, turn in enumerate(self.turns):
             if index % turn.every:
                 continue
+            terms: dict[str, Tensor] = {}  # means over micro-batches; "loss" is the sum of the turn's losses
             with only_trains(self.nets, turn.moves) as params:  # everyone else is a fixed function
                 for micro, (batch, shared) in enumerate(micro_batches):
                     step = Step.at(index, seed, k, micro, device=device, shared=shared)
                     for loss_of in turn.losses:  # one graph alive at a time
                         loss = loss_of(self.nets, batch, step)
-                        (loss.total / self.run.accumulate).backward()
-                        logs |= {f"{turn.name}/{term}": value for term, value in loss.logs().items()}
-                logs[f"{turn.name}/grad_norm"] = self._clip(params, turn.name, index)
+                        (loss.total / parts).backward()
+                        for term, value in loss.logs().items():
+                            terms[term] = terms.get(term, 0.0) + value / parts
+                terms["grad_norm"] = self._clip(params, terms["loss"], turn.name, index)
+            logs |= {f"{turn.name}/{term}": value for term, value in terms.items()}
             for name in turn.moves:
                 if name in self.specs:
                     for group in self.optimizers[name].param_groups:
@@ -181,16 +204,17 @@ class Trainer:
                     update_average(self.nets[name], self.nets.student, decay)
         return logs
 
-    def _clip(self, params: list[torch.nn.Parameter], turn: str, index: int) -> Tensor:
-        try:
-            return clip_grad_norm_(params, self.run.clip or float("inf"), error_if_nonfinite=True, foreach=True)
-        except RuntimeError as error:
-            if "non-finite" not in str(error):
-                raise
+    def _clip(self, params: list[torch.nn.Parameter], loss: Tensor, turn: str, index: int) -> Tensor:
+        """Clip gradients in place and return their norm; the one time in a turn that the host waits for the device."""
+        norm = clip_grad_norm_(params, self.run.clip or math.inf, foreach=True)
+        if not bool((norm + loss).isfinite()):
+            for p in params:
+                p.grad = None
             raise FloatingPointError(
-                f"turn {turn!r}: gradient is not finite at step {index}; lower its learning rate or its loss weights "
-                "(the last checkpoint is intact)"
-            ) from error
+                f"turn {turn!r}: not finite at step {index} (loss {float(loss):g}, gradient norm {float(norm):g}); "
+                "lower its learning rate or its loss weights (the last checkpoint is intact)"
+            )
+        return norm
 
     def fit(self) -> None:
         """Train to ``run.steps``, from wherever the last checkpoint left off.
@@ -230,6 +254,7 @@ class Trainer:
         """
         loaded = self.checkpoints.load(self.nets, self.optimizers) if self.checkpoints else None
         if loaded is None:
+            self.metrics.rewind(0, {})  # a run that was stopped before its first checkpoint may have left lines
             return False
         self.index, window = loaded
         self.metrics.rewind(self.index, window)

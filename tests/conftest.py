@@ -13,11 +13,6 @@ from stepdistill.schedule import EDM, DiscreteVP, RectifiedFlow, Schedule, TrigF
 torch.set_num_threads(1)  # more is slower on networks this small
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker."""
-    config.addinivalue_line("markers", "gpu: needs CUDA; skipped only where there is none")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip GPU tests where there is no GPU."""
     if not torch.cuda.is_available():

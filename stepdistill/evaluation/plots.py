@@ -80,15 +80,16 @@ def steps_figure(records: Sequence[Record], metric: str) -> Figure:
 
 
 def pair_figure(records: Sequence[Record], x: str, y: str) -> Figure:
-    """One metric against another, each point labelled with its steps; x is on a log axis if it is seconds."""
+    """One metric against another, steps beside the points of whoever has several; seconds on a log axis."""
     series = _series([row for row in table_rows(records) if x in row.cells and y in row.cells])
     with _style():
         figure, ax = _single(series)
         for _, rows, style in series:
             xs, ys = [row.cells[x].value for row in rows], [row.cells[y].value for row in rows]
             ax.errorbar(xs, ys, xerr=_half_widths(rows, x), yerr=_half_widths(rows, y), elinewidth=0.6, **style)
-            for row, x_value, y_value in zip(rows if len(rows) > 1 else [], xs, ys, strict=False):
-                ax.annotate(str(row.steps), (x_value, y_value), (5, 4), textcoords="offset points", fontsize=7.5)
+            if len(rows) > 1:
+                for row, *point in zip(rows, xs, ys, strict=True):
+                    ax.annotate(str(row.steps), point, (5, 4), textcoords="offset points", fontsize=7.5)
         if x == SECONDS:
             ax.set_xscale("log")
             _plain_log_ticks(ax.xaxis)
@@ -160,14 +161,17 @@ def _series(rows: Sequence[Row]) -> list[Series]:
     series = []
     for i, key in enumerate(teachers):
         label = f"{key[1]}, {key[2]}" + (f", guidance {key[3]:g}" if guided else "")
-        style = {"color": INK, "marker": "o", "markersize": 3.5, "linestyle": DASHES[i % len(DASHES)], "linewidth": 1.2}
-        series.append(Series(label, sorted(groups[key], key=lambda row: row.steps), style))
+        look = {"color": INK, "marker": "o", "markersize": 3.5, "linewidth": 1.2, "zorder": 2}
+        rows_of = sorted(groups[key], key=lambda row: row.steps)
+        series.append(Series(label, rows_of, look | {"linestyle": DASHES[i % len(DASHES)]}))
     students = [key for key in groups if key[0] == "student"]
     for i, key in enumerate(students):
-        only = groups[key][0].steps if len(groups[key]) == 1 else None  # otherwise each point says its steps
-        label = key[1] if only is None else f"{key[1]}, {only} step{'s' if only > 1 else ''}"
-        look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 7}
-        series.append(Series(label, groups[key], look | {"linestyle": "none", "markeredgewidth": 0}))
+        label, steps = key[1], [row.steps for row in groups[key]]
+        if len(steps) == 1:  # otherwise each point says its own
+            label += f", {steps[0]} step{'s' if steps[0] > 1 else ''}"
+        look = {"linestyle": "none", "markersize": 7, "markeredgewidth": 0, "zorder": 3}
+        look |= {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        series.append(Series(label, groups[key], look))
     return series
 
 
@@ -185,7 +189,7 @@ def _draw_against_steps(ax: Axes, series: Sequence[Series], metric: str) -> None
                 placed[row.steps] += 1
             xs.append(row.steps * 2**aside)
         ys = [row.cells[metric].value for row in rows]
-        ax.errorbar(xs, ys, yerr=_half_widths(rows, metric), zorder=2 if rows[0].role == "teacher" else 3, **style)
+        ax.errorbar(xs, ys, yerr=_half_widths(rows, metric), **style)
     ax.set_xscale("log", base=2)
     ax.set_xticks([2**i for i in range(math.floor(math.log2(min(steps))), math.ceil(math.log2(max(steps))) + 1)])
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -150,6 +150,7 @@ def write_report(
         OSError: if the disk refuses; an earlier page then stands.
     """
     summary = headline(records)
+    training = "" if curves is None else _section("Training", _training(curves))  # first, as it may be missing
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="headline">{escape(summary)}</p>',
@@ -157,7 +158,7 @@ def write_report(
         _section("Results", _table(records) + _table_caption(records)),
         _section("Samples", _grids(grids)) if grids else "",
         _section("Plots", _plots(records)),
-        _section("Training", _training(curves)) if curves is not None else "",
+        training,
         _section("Load it", f"<pre><code>{escape(load_code.strip())}</code></pre>"),
         _section("Protocol", _protocol(records)),
     ]
@@ -180,8 +181,9 @@ def _table(records: Sequence[Record]) -> str:
     head = "".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in names)
     lines = []
     for row in rows:
-        how = f'<span class="how">{row.role}: {escape(row.method)}; {escape(row.sampler)}</span>'
-        cells = [f'<th scope="row" data-value="{escape(row.subject)}">{escape(row.subject)}{how}</th>']
+        how = escape(", ".join(part for part in (row.role, row.method, row.sampler) if part != "-"))
+        name = f'{escape(row.subject)}<span class="how">{how}</span>'
+        cells = [f'<th scope="row" data-value="{escape(row.subject)}">{name}</th>']
         cells += [_number_cell(value) for value in (row.steps, row.nfe, *([row.guidance] if guided else []))]
         cells += [_metric_cell(row, metric, row in best[metric]) for metric in metrics]
         lines.append(f'<tr class="{row.role}">{"".join(cells)}</tr>')
@@ -313,7 +315,7 @@ CSS = """
   :root { --text: #e3e8ec; --soft: #9aa6b1; --ground: #14181c; --line: #313a43; --panel: #1c2228; --tint: #1d4536; }
 }
 body { margin: 0; background: var(--ground); color: var(--text); font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 66rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+main { max-width: 72rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0.5rem 0; }
 h2 { font-size: 1.1rem; margin: 2.75rem 0 0.75rem; padding-bottom: 0.3rem; border-bottom: 1px solid var(--line); }
 p { max-width: 44rem; }
@@ -336,7 +338,7 @@ thead button:focus-visible { outline: 2px solid; }
 th[aria-sort="ascending"] button::after { content: " \\25B4"; }
 th[aria-sort="descending"] button::after { content: " \\25BE"; }
 .how { display: block; color: var(--soft); font-size: 0.8em; font-weight: 400; line-height: 1.3; }
-@media (min-width: 50rem) { table th:first-child { min-width: 13rem; } }
+@media (min-width: 50rem) { table th:first-child { min-width: 11.5rem; } }
 figure { margin: 0; }
 figcaption { color: var(--soft); font-size: 0.85rem; margin: 0.25rem 0; }
 .grids, .plots, .curves { display: grid; gap: 1.5rem; align-items: start; }

@@ -16,12 +16,12 @@ class Times(ABC):
     """A law of training times."""
 
     @abstractmethod
-    def fractions(self, n: int, step: Step) -> Tensor:
-        """``n`` draws in [0, 1], float64."""
+    def fractions(self, schedule: Schedule, n: int, step: Step) -> Tensor:
+        """``n`` draws in [0, 1], as fractions of ``schedule.t_max``, float64."""
 
     def __call__(self, schedule: Schedule, n: int, step: Step) -> Tensor:
         """``n`` times of ``schedule``, (n,), float64."""
-        return self.fractions(n, step) * schedule.t_max
+        return self.fractions(schedule, n, step) * schedule.t_max
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Uniform(Times):
         if not 0 <= self.low < self.high <= 1:
             raise ValueError(f"times need 0 <= low < high <= 1; got low {self.low}, high {self.high}")
 
-    def fractions(self, n: int, step: Step) -> Tensor:
+    def fractions(self, schedule: Schedule, n: int, step: Step) -> Tensor:
         """See ``Times``."""
         cells = torch.randperm(n, generator=step.rng, device=step.rng.device)  # so that no sample has its own cell
         return self.low + (self.high - self.low) * (cells + step.rand(n)) / n
@@ -51,9 +51,22 @@ class LogitNormal(Times):
     mean: float = 0.0
     std: float = 1.0
 
-    def fractions(self, n: int, step: Step) -> Tensor:
+    def fractions(self, schedule: Schedule, n: int, step: Step) -> Tensor:
         """See ``Times``."""
         return torch.sigmoid(self.mean + self.std * step.randn((n,)).double())
+
+
+@dataclass(frozen=True)
+class LogNormal(Times):
+    """``log(sigma / alpha) ~ N(mean, std^2)`` (EDM, arXiv:2206.00364): the same noise levels on every schedule."""
+
+    mean: float = -1.2
+    std: float = 1.2
+
+    def fractions(self, schedule: Schedule, n: int, step: Step) -> Tensor:
+        """See ``Times``."""
+        log_sigma = self.mean + self.std * step.randn((n,)).double()
+        return (schedule.t_from_logsnr(-2 * log_sigma) / schedule.t_max).clamp(0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,7 @@ class OnGrid(Times):
 
     times: tuple[float, ...] = (1.0,)
 
-    def fractions(self, n: int, step: Step) -> Tensor:
+    def fractions(self, schedule: Schedule, n: int, step: Step) -> Tensor:
         """See ``Times``."""
         grid = torch.tensor(self.times, dtype=torch.float64, device=step.rng.device)
         return grid[step.integers(len(grid), n)]

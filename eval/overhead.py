@@ -1,0 +1,106 @@
+"""Update time over the time of its bare network evaluations, and bytes held by autograd, for any recipe and size.
+
+    python eval/overhead.py digits_dmd2_1step digits_cd --widths 16,32 32,64 64,128 --out eval/overhead.json
+
+From Python, ``stepdistill.profiling.measure(trainer)`` does the same for any objective and any ``nn.Module`` denoiser.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+from diffusers import UNet2DModel
+
+from stepdistill.build import build, open_teacher
+from stepdistill.data import Data, TeacherPairs
+from stepdistill.evaluation.records import device_name, installed_versions
+from stepdistill.models.families import open_pipeline
+from stepdistill.profiling import measure
+from stepdistill.recipes import find
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Measure the overhead of recipes' updates."""
+
+    recipes: tyro.conf.Positional[tuple[str, ...]] = ("digits_dmd2_1step",)
+    """Names under train/."""
+    widths: tuple[str, ...] = ("16,32", "32,64")
+    """Channels of the digits network's two levels: 16,32 is 0.17 M parameters, 32,64 0.65 M."""
+    batch: int = 64
+    """Samples of an update."""
+    repeats: int = 21
+    """Pairs of timings."""
+    threads: int = 1
+    """Of torch."""
+    out: Path | None = None
+    """JSON file to write."""
+
+
+def main(given: Arguments) -> list[dict[str, object]]:
+    """Print and return one row per recipe, width and kind of update."""
+    torch.set_num_threads(given.threads)
+    rows: list[dict[str, object]] = []
+    for name in given.recipes:
+        for width in given.widths:
+            rows += measure_recipe(name, tuple(map(int, width.split(","))), given)
+    if given.out:
+        record = {"device": device_name("cpu"), "versions": installed_versions(), "rows": rows}
+        given.out.write_text(json.dumps(record, indent=1) + "\n")
+    return rows
+
+
+def measure_recipe(name: str, width: tuple[int, ...], given: Arguments) -> list[dict[str, object]]:
+    """All kinds of update of one recipe on a digits-like network of the given width, random weights."""
+    recipe = find(name)
+    recipe = replace(
+        recipe, warm_start=None, run=replace(recipe.run, batch=given.batch), data=_small(recipe.data, given.batch)
+    )
+    opened = open_teacher(recipe.teacher)
+    pipeline = copy.copy(opened.pipeline)
+    config = dict(opened.denoiser.net.config) | {"block_out_channels": width}
+    pipeline.unet = UNet2DModel.from_config(config)
+    widened = open_pipeline(pipeline)
+    trainer = build(recipe, opened=widened).trainer
+    params = sum(p.numel() for p in widened.denoiser.parameters())
+    kinds = {0: "+".join(t.name for t in trainer.turns)}
+    if any(turn.every > 1 for turn in trainer.turns):
+        kinds[1] = "+".join(t.name for t in trainer.turns if t.every == 1)
+    rows = []
+    for index, kind in kinds.items():
+        cost = measure(trainer, index, given.repeats)
+        row = {
+            "recipe": name,
+            "parameters": params,
+            "update": kind,
+            "batch": given.batch,
+            "threads": given.threads,
+            "milliseconds": round(1e3 * cost.seconds, 2),
+            "bare_milliseconds": round(1e3 * cost.bare_seconds, 2),
+            "ratio": round(cost.ratio, 4),
+            "held_bytes": cost.bytes,
+            "minimum_bytes": cost.minimum_bytes,
+            "bytes_ratio": round(cost.bytes_ratio, 3),
+            "evaluations": list(cost.evaluations),
+        }
+        rows.append(row)
+        print(
+            f"{name:<20} {params / 1e6:5.2f} M  {kind:<22} {row['milliseconds']:8.1f} ms  "
+            f"bare {row['bare_milliseconds']:8.1f} ms  ratio {row['ratio']:.3f}  "
+            f"bytes held / minimum {row['bytes_ratio']:.2f}"
+        )
+    return rows
+
+
+def _small(data: Data, batch: int) -> Data:
+    """As many teacher trajectories as one batch needs: making them is not part of an update."""
+    return replace(data, count=batch) if isinstance(data, TeacherPairs) else data
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))

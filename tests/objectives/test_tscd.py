@@ -1,0 +1,107 @@
+"""TSCD against exact jumps, and a naive re-derivation of its loss."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stepdistill.functional.ode import jump_target
+from stepdistill.models.nets import Nets
+from stepdistill.objective import Batch, Step
+from stepdistill.objectives import TSCD
+from stepdistill.parts.segments import Segments
+from stepdistill.sampling import Ddim, Sampler, trailing
+from stepdistill.student import Student
+from stepdistill.testing import GaussianTeacher, exact_student
+from stepdistill.trainer import AdamW
+
+from .conftest import distilled, drawn, pretrained
+from .test_cd import ExactOde, batch_of
+
+
+class JumpsToEdge(nn.Module):
+    """The clean estimate whose jump lands exactly where the ODE meets the lower edge of t's segment."""
+
+    def __init__(self, teacher: GaussianTeacher, segments: int):
+        super().__init__()
+        self._teacher, self.segments = (teacher,), segments
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        (teacher,) = self._teacher
+        edge = torch.tensor([(math.ceil(u * self.segments - 1e-9) - 1) / self.segments for u in t.tolist()])
+        edge = edge.double().clamp_min(0)
+        x_edge = teacher.flow_map(x_t, t, edge)
+        c_t, c_e = teacher.schedule.coeffs(t, x_t), teacher.schedule.coeffs(edge, x_t)
+        return torch.where(t[:, None] > edge[:, None], jump_target(x_t, x_edge, c_t, c_e), x_t)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_exact_jumps_to_the_edge_have_no_loss_under_the_exact_ode(gaussian: GaussianTeacher, count: int) -> None:
+    student = Student(Sampler(trailing(count), Ddim()), JumpsToEdge(gaussian, count), gaussian.schedule, "x0")
+    nets = Nets({"student": student, "target": student, "teacher": gaussian})
+    tscd = TSCD(segments=Segments(count, 8), to_edge=1.0, solver=ExactOde())
+    assert tscd.student_loss(nets, batch_of(gaussian, 256), Step.at(0)).total.item() < 1e-14
+    wrong = TSCD(segments=Segments(8, 8), to_edge=1.0, solver=ExactOde())  # one solver step each: target is the state
+    assert count == 8 or wrong.student_loss(nets, batch_of(gaussian, 256), Step.at(0)).total.item() > 1e-6
+
+
+def test_the_loss_equals_a_loop_over_samples(gaussian: GaussianTeacher) -> None:
+    """Times, edges, ends and both jumps written out for each sample with plain floats."""
+    n, segments = 24, Segments(4, 16)
+    student = exact_student(gaussian, Sampler(trailing(4), Ddim())).double()
+    target = exact_student(gaussian, Sampler(trailing(4), Ddim())).double()
+    with torch.no_grad():
+        student.net.scale.fill_(0.9)
+        target.net.shift.fill_(0.1)
+    nets = Nets({"student": student, "target": target, "teacher": gaussian})
+    batch = batch_of(gaussian, n)
+    got = TSCD(segments=segments, to_edge=0.3).student_loss(nets, batch, Step.at(3)).total.item()
+
+    step = Step.at(3)
+    eps, i = step.randn((n, 2)), step.integers(16, n) + 1
+    coin, share = step.rand(n), step.rand(n)
+    expected = 0.0
+    for k in range(n):
+        t, s = i[k].item() / 16, (i[k].item() - 1) / 16
+        low = math.floor(s * 4) / 4  # the segment that (s, t] lies in
+        end = low + (0.0 if coin[k] < 0.3 else share[k].item()) * (s - low)
+        a, b, e = (gaussian.schedule(torch.tensor([u], dtype=torch.float64)) for u in (t, s, end))
+        x_t = a.alpha * batch.x0[k] + a.sigma * eps[k].double()
+        tt, ss = (torch.tensor([u], dtype=torch.float64) for u in (t, s))
+        x0 = gaussian(x_t[None], tt, {})[0]
+        x_s = b.alpha * x0 + b.sigma * (x_t - a.alpha * x0) / a.sigma
+        moved = student(x_t[None], tt, {})[0]
+        moved = e.alpha * moved + e.sigma * (x_t - a.alpha * moved) / a.sigma
+        aim = x_s
+        if end < s:
+            y = target(x_s[None], ss, {})[0]
+            aim = e.alpha * y + e.sigma * (x_s - b.alpha * y) / b.sigma
+        expected += (moved - aim).square().mean().item() / n
+    assert got == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_target_at_its_own_end_is_the_solvers_state(gaussian: GaussianTeacher) -> None:
+    """With as many segments as solver steps every end is s itself, so the target network has no say."""
+    student = exact_student(gaussian, Sampler(trailing(8), Ddim())).double()
+    nonsense = exact_student(gaussian, Sampler(trailing(8), Ddim())).double()
+    with torch.no_grad():
+        nonsense.net.scale.fill_(float("nan"))
+    nets = Nets({"student": student, "target": nonsense, "teacher": gaussian})
+    loss = TSCD(segments=Segments(8, 8)).student_loss(nets, batch_of(gaussian, 64), Step.at(0)).total
+    assert torch.isfinite(loss)
+
+
+def test_four_segments_beat_the_teachers_four_steps(gaussian: GaussianTeacher) -> None:
+    """Four jumps of the student against four DDIM steps of the exact teacher, whose law is known in closed form."""
+    optim = {"student": AdamW(2e-3, decay="linear")}
+    sampler = Sampler(trailing(4), Ddim())
+    objective = TSCD(segments=Segments(4, 16), to_edge=0.5)
+    got = drawn(distilled(objective, gaussian, pretrained(gaussian), sampler, optim, 800))
+    _, coarse = gaussian.ddim_law(trailing(4))
+    exact = gaussian.cov
+    error = (torch.cov(got.T) - exact.float()).norm() / exact.norm()
+    assert error < 0.5 * (coarse - exact).norm() / exact.norm()
+    assert (got.mean(0) - gaussian.mean).abs().max() < 0.06
