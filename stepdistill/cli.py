@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
+import json as json_
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import tyro
+
+from stepdistill.build import open_teacher
+from stepdistill.distill import distill, evaluate_and_report
+from stepdistill.evaluation.benchmark import bench_student, bench_teacher
+from stepdistill.evaluation.digits import DigitsEvaluator
+from stepdistill.evaluation.features import to_uint8
+from stepdistill.evaluation.records import markdown_table, save_records
+from stepdistill.evaluation.report import save_grid
+from stepdistill.export import load_lines, load_student
+from stepdistill.models.denoiser import Guided
+from stepdistill.models.families.base import FAMILIES
+from stepdistill.objective import registered
+from stepdistill.quickstart import TABLE, quickstart
+from stepdistill.recipe import Evaluation, Recipe, Teacher, suggest
+from stepdistill.recipes import bundled, find
 
 USAGE = """stepdistill: turn a pretrained diffusers pipeline into a one- to four-step generator
 
@@ -34,16 +50,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)
         sys.exit(0 if args else 2)
-    if args[0] not in COMMANDS:
-        from stepdistill.recipe import suggest
-
-        print(f"stepdistill: no command {args[0]!r}{suggest(args[0], COMMANDS)}", file=sys.stderr)
-        sys.exit(2)
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), 8)))
     try:
+        if args[0] not in COMMANDS:
+            raise ValueError(f"no command {args[0]!r}{suggest(args[0], COMMANDS)}")
         COMMANDS[args[0]](args[1:])
     except KeyboardInterrupt:
-        print("stepdistill: interrupted; the same command with --resume goes on", file=sys.stderr)
+        goes_on = "; the same command with --resume goes on" if args[0] in ("quickstart", "distill") else ""
+        print(f"stepdistill: interrupted{goes_on}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError) as error:
         if debug:
@@ -52,99 +65,96 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
+def _parse(kind: type, args: list[str], command: str, **options: Any) -> Any:
+    return tyro.cli(kind, args=args, prog=f"stepdistill {command}", **options)
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """Distil the bundled digits teacher into a one-step and a four-step generator, on CPU in minutes."""
+
+    out: Path = Path("runs/quickstart")
+    """Run directory of the one-step student; the four-step student's is four_step/ inside."""
+    resume: bool = False
+    """Go on with an interrupted quickstart."""
+    seed: int = 0
+    """Of training."""
+
+
 def _quickstart(args: list[str]) -> None:
-    @dataclass(frozen=True)
-    class Quickstart:
-        """Distil the bundled digits teacher into a one-step and a four-step generator, on CPU in minutes."""
-
-        out: Path = Path("runs/quickstart")
-        """Run directory of the one-step student; the four-step student's is four_step/ inside."""
-        resume: bool = False
-        """Go on with an interrupted quickstart."""
-        seed: int = 0
-        """Of training."""
-
-    from stepdistill.quickstart import quickstart
-
-    given = tyro.cli(Quickstart, args=args, prog="stepdistill quickstart")
+    given = _parse(Quickstart, args, "quickstart")
     quickstart(given.out, resume=given.resume, seed=given.seed)
 
 
-def _distill(args: list[str]) -> None:
-    from stepdistill.distill import distill, evaluate_and_report
-    from stepdistill.evaluation.records import markdown_table
-    from stepdistill.export import load_lines
-    from stepdistill.recipe import Recipe
-    from stepdistill.recipes import bundled, find
+@dataclass(frozen=True)
+class Distill:
+    """Run a recipe; every field of it can be set."""
 
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    out: Path
+    """Run directory, new or empty."""
+    resume: bool = False
+    """Go on with an interrupted run."""
+    print: bool = False
+    """Print the resolved recipe and stop."""
+
+
+def _distill(args: list[str]) -> None:
+    if args and args[0].startswith("-") and args[0] not in ("-h", "--help"):
+        raise ValueError(f"distill {args[0]}: the recipe comes first; `stepdistill distill --help` lists them")
     if not args or args[0].startswith("-"):
         print("usage: stepdistill distill RECIPE [--out DIR] [--resume] [--print] [--field.sub VALUE ...]\n\nrecipes:")
         for name, function in bundled().items():
-            print(f"  {name:<24} {inspect.getdoc(function).splitlines()[0]}")
+            print(f"  {name:<24} {(inspect.getdoc(function) or '').partition(chr(10))[0]}")
         sys.exit(0 if args else 2)
     name = args[0]
-    recipe = find(name)
-
-    @dataclass(frozen=True)
-    class Distill:
-        out: Path = Path("runs") / (Path(name).stem if "." in name else name)
-        """Run directory, new or empty."""
-        resume: bool = False
-        """Go on with an interrupted run."""
-        print: bool = False
-        """Print the resolved recipe and stop."""
-        recipe: tyro.conf.OmitArgPrefixes[Recipe] = field(default_factory=lambda: recipe)
-
-    given = tyro.cli(Distill, args=args[1:], prog=f"stepdistill distill {name}", config=(tyro.conf.AvoidSubcommands,))
+    default = Distill(find(name), Path("runs") / (Path(name).stem if "." in name else name))
+    config = (tyro.conf.AvoidSubcommands,)
+    given = _parse(Distill, args[1:], f"distill {name}", default=default, config=config)
+    recipe = given.recipe
     if given.print:
-        print(given.recipe.to_json())
+        print(recipe.to_json())
         return
     start = time.monotonic()
-    done = distill(given.recipe, given.out, resume=given.resume)
-    if given.recipe.evaluation is not None:
-        title = f"{name}: {type(given.recipe.objective).__name__}"
-        records = evaluate_and_report([("student", given.recipe, done)], given.out, title=title)
-        print(markdown_table(records, TABLE))
+    done = distill(recipe, given.out, resume=given.resume)
+    if recipe.evaluation is not None:
+        title = f"{name}: {type(recipe.objective).__name__}"
+        print(markdown_table(evaluate_and_report([("student", recipe, done)], given.out, title=title), TABLE))
         print(f"report: {given.out / 'report' / 'index.html'}")
     print(f"done in {time.monotonic() - start:.0f} s; load the student with:\n\n{load_lines(done.pipeline)}")
 
 
-TABLE = ("fd", "pix", "precision", "recall", "coverage")
-"""Metrics of the short table."""
+@dataclass(frozen=True)
+class Sample:
+    """Draw samples from a run or an exported pipeline into one picture."""
+
+    source: tyro.conf.Positional[Path]
+    """A run directory or a pipeline folder."""
+    labels: tuple[int, ...] = tuple(range(10))
+    """Classes, one column each."""
+    rows: int = 4
+    """Samples of each class."""
+    steps: int | None = None
+    """Steps; a student takes only what it was trained for, which is the default."""
+    seed: int = 0
+    """Of the noise."""
+    out: Path = Path("samples.png")
+    """Picture to write."""
 
 
 def _sample(args: list[str]) -> None:
-    @dataclass(frozen=True)
-    class Sample:
-        """Draw samples from a run or an exported pipeline into one picture."""
-
-        source: tyro.conf.Positional[Path]
-        """A run directory or a pipeline folder."""
-        labels: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)
-        """Classes, one column each."""
-        rows: int = 4
-        """Samples of each class."""
-        steps: int | None = None
-        """Steps; a student takes only what it was trained for, which is the default."""
-        seed: int = 0
-        """Of the noise."""
-        out: Path = Path("samples.png")
-        """Picture to write."""
-
-    from stepdistill.evaluation.features import to_uint8
-    from stepdistill.evaluation.report import save_grid
-    from stepdistill.export import load_student
-    from stepdistill.models.families import open_pipeline
-
-    given = tyro.cli(Sample, args=args, prog="stepdistill sample")
+    given = _parse(Sample, args, "sample")
     folder = _pipeline_of(given.source)
     if given.rows < 1 or not given.labels:
         raise ValueError(f"--rows {given.rows}, --labels {list(given.labels)}: at least one of each is needed")
+    if not 0 <= given.seed < 2**31:
+        raise ValueError(f"--seed must lie in [0, 2^31); got {given.seed}")
+    _check_writable(given.out)
     student = load_student(folder)
-    opened = open_pipeline(folder, custom_pipeline=str(folder / "pipeline.py"))
+    family = FAMILIES[type(student.net).__name__]
     labels = torch.tensor(given.labels * given.rows)
-    cond = opened.family.cond(opened.denoiser.net, {"labels": labels})
-    samples = student.sample((len(labels), *opened.sample_shape), cond, steps=given.steps, seed=given.seed)
+    cond = family.cond(student.net, {"labels": labels})
+    samples = student.sample((len(labels), *family.sample_shape(student.net)), cond, steps=given.steps, seed=given.seed)
     save_grid(given.out, to_uint8(samples), columns=len(given.labels))
     print(f"wrote {given.out}: {given.rows} rows of classes {', '.join(map(str, given.labels))}")
 
@@ -156,59 +166,60 @@ def _pipeline_of(source: Path) -> Path:
     return folder
 
 
+def _check_writable(out: Path) -> None:
+    """Of a file that is written when all the work is done."""
+    if out.is_dir():
+        raise ValueError(f"--out {out}: is a folder; name a file in it")
+    if out.parent.exists() and not out.parent.is_dir():
+        raise ValueError(f"--out {out}: {out.parent} is a file; name a folder")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure digits students beside the bundled teacher, on the same noise."""
+
+    sources: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories or pipeline folders."""
+    n: int = 5000
+    """Images per seed."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Sampling seeds; two or more give error bars."""
+    teacher_steps: tuple[int, ...] = (1, 2, 4, 8, 50)
+    """Step counts of the teacher."""
+    out: Path = Path("results.json")
+    """Records to write."""
+    json: bool = False
+    """Print the records instead of a table."""
+
+
 def _bench(args: list[str]) -> None:
-    @dataclass(frozen=True)
-    class Bench:
-        """Measure digits students beside the bundled teacher, on the same noise."""
-
-        sources: tyro.conf.Positional[tuple[Path, ...]]
-        """Run directories or pipeline folders."""
-        n: int = 5000
-        """Images per seed."""
-        seeds: tuple[int, ...] = (0, 1, 2)
-        """Sampling seeds; two or more give error bars."""
-        teacher_steps: tuple[int, ...] = (1, 2, 4, 8, 50)
-        """Step counts of the teacher."""
-        out: Path = Path("results.json")
-        """Records to write."""
-        json: bool = False
-        """Print the records instead of a table."""
-
-    from stepdistill.build import open_teacher
-    from stepdistill.evaluation.benchmark import bench_student, bench_teacher
-    from stepdistill.evaluation.digits import DigitsEvaluator
-    from stepdistill.evaluation.records import markdown_table, save_records
-    from stepdistill.export import load_student
-    from stepdistill.models.denoiser import Guided
-    from stepdistill.recipe import Teacher
-
-    given = tyro.cli(Bench, args=args, prog="stepdistill bench")
-    students = [(str(source), load_student(_pipeline_of(source))) for source in given.sources]
-    evaluator = DigitsEvaluator(n=given.n)
+    given = _parse(Bench, args, "bench")
+    plan = Evaluation(given.n, given.seeds, given.teacher_steps)
+    _check_writable(given.out)
     opened = open_teacher(Teacher("bundled:digits"))
-    records = bench_teacher(Guided(opened.denoiser), opened, evaluator, given.teacher_steps, given.seeds)
+    students = [(str(source), load_student(_pipeline_of(source), opened=opened)) for source in given.sources]
+    evaluator = DigitsEvaluator(n=plan.n)
+    records = bench_teacher(Guided(opened.denoiser), opened, evaluator, plan.teacher_steps, plan.seeds)
     for name, student in students:
-        records += bench_student(student, opened, evaluator, given.seeds, subject=name, method="distilled")
+        records += bench_student(student, opened, evaluator, plan.seeds, subject=name, method="distilled")
     save_records(given.out, records)
-    print(
-        json.dumps([dataclasses.asdict(r) for r in records], indent=2)
-        if given.json
-        else markdown_table(records, TABLE) + f"\nwrote {given.out}"
-    )
+    if given.json:
+        print(json_.dumps([dataclasses.asdict(r) for r in records], indent=2))
+    else:
+        print(markdown_table(records, TABLE))
+        print(f"wrote {given.out}")
+
+
+@dataclass(frozen=True)
+class Methods:
+    """The objectives there are: family, paper, networks and data they need."""
+
+    json: bool = field(default=False)
+    """Print JSON."""
 
 
 def _methods(args: list[str]) -> None:
-    @dataclass(frozen=True)
-    class Methods:
-        """The objectives there are: family, paper, networks and data they need."""
-
-        json: bool = False
-        """Print JSON."""
-
-    import stepdistill.objectives  # noqa: F401 (fills the registry)
-    from stepdistill.objective import registered
-
-    given = tyro.cli(Methods, args=args, prog="stepdistill methods")
+    given = _parse(Methods, args, "methods")
     rows = [
         {
             "name": name,
@@ -216,18 +227,17 @@ def _methods(args: list[str]) -> None:
             "paper": f"arXiv:{cls.paper}",
             "needs": sorted(cls.needs),
             "data": sorted(cls().data) or ["conditions only"],
-            "what": inspect.getdoc(cls).split("\n\n")[0].replace("\n", " "),
+            "what": (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " "),
         }
         for name, cls in sorted(registered().items(), key=lambda item: (item[1].family, item[0]))
     ]
     if given.json:
-        print(json.dumps(rows, indent=2))
+        print(json_.dumps(rows, indent=2))
         return
     for row in rows:
-        print(
-            f"{row['name']:<8} {row['family']:<12} {row['paper']:<17} needs {', '.join(row['needs'])}; "
-            f"data: {', '.join(row['data'])}\n         {row['what']}"
-        )
+        needs, data = ", ".join(row["needs"]), ", ".join(row["data"])
+        print(f"{row['name']:<8} {row['family']:<12} {row['paper']:<17} needs {needs}; data: {data}")
+        print(f"         {row['what']}")
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from stepdistill.build import build, open_teacher
+from stepdistill.build import Built, build, new_discriminator, open_teacher
 from stepdistill.checkpoint import write_atomically
 from stepdistill.evaluation.benchmark import bench_student, bench_teacher
 from stepdistill.evaluation.digits import DigitsEvaluator
 from stepdistill.evaluation.features import to_uint8
 from stepdistill.evaluation.records import Record, save_records
 from stepdistill.evaluation.report import Grid, save_grid, write_report
-from stepdistill.export import load_lines, load_student, save_pipeline
-from stepdistill.models.denoiser import Guided
+from stepdistill.export import check_exportable, load_lines, load_student, save_pipeline
+from stepdistill.models.denoiser import Denoiser, Guided
 from stepdistill.models.families import Opened
+from stepdistill.models.nets import Nets
 from stepdistill.recipe import Recipe
 from stepdistill.sampling import Ddim, Sampler, sample, trailing
 from stepdistill.student import Student
 
 PREVIEW_SEED = 1_000_003
 """Away from the seeds of evaluations."""
+
+DIGIT_SHAPE = (1, 8, 8)
 
 
 @dataclass(frozen=True)
@@ -57,15 +60,55 @@ def distill(recipe: Recipe, out: Path, *, resume: bool = False) -> Distilled:
     """
     claim(out, recipe, resume)
     stages = recipe.stages()
+    opened = open_teacher(recipe.teacher)
+    for stage in stages:
+        check(stage, opened)
     student: Student | None = None
     for i, stage in enumerate(stages):
         last = i == len(stages) - 1
         folder = out if last else out / "stages" / f"{i + 1}-{type(stage.objective).__name__.lower()}"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_recipe(folder, recipe if last else stage)
-        student = _stage(stage, folder, student, out / "cache")
-    opened = open_teacher(recipe.teacher)
-    return Distilled(student, opened, out / "pipeline")
+        if (folder / "pipeline").is_dir():
+            student = load_student(folder / "pipeline", opened=opened)
+            continue
+        opened_so = _computing_in(opened, stage.run.dtype)
+        built = build(stage, opened=opened_so, start=student, out=folder, cache=out / "cache")
+        write_recipe(out, recipe)  # not before: what cannot be built leaves nothing behind
+        write_recipe(folder, stage)
+        student = _train(built, stage, folder)
+    opened.denoiser.to(recipe.run.device)
+    return Distilled(student.to(recipe.run.device), opened, out / "pipeline")
+
+
+def check(recipe: Recipe, opened: Opened) -> None:
+    """Find what a recipe asks of its teacher and of this machine in vain, before anything is trained or written.
+
+    Args:
+        recipe: one stage.
+        opened: its teacher.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    try:
+        torch.zeros(1, device=recipe.run.device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by device
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"run.device {recipe.run.device!r}: cannot be used on this machine ({reason})") from error
+    teacher = Guided(opened.denoiser, recipe.teacher.guidance, opened.null)
+    if "disc" in recipe.optim:
+        new_discriminator(opened, recipe.heads, Nets({"teacher": teacher, "critic": opened.denoiser}))
+    if recipe.evaluation is not None and opened.sample_shape != DIGIT_SHAPE:
+        raise ValueError(
+            f"evaluation judges digits of shape {DIGIT_SHAPE}, this teacher makes {opened.sample_shape}; leave it out"
+        )
+    d = opened.denoiser
+    check_exportable(Student(recipe.sampler, d.net, d.schedule, d.kind, d.call), opened)
+
+
+def _computing_in(opened: Opened, dtype: str) -> Opened:
+    """The same teacher under another arithmetic; weights are shared."""
+    d = opened.denoiser
+    return replace(opened, denoiser=Denoiser(d.net, d.schedule, d.kind, d.call, getattr(torch, dtype)))
 
 
 def claim(out: Path, recipe: Recipe, resume: bool) -> None:
@@ -74,8 +117,8 @@ def claim(out: Path, recipe: Recipe, resume: bool) -> None:
     Raises:
         ValueError: see ``distill``.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
+    if not out.exists() or (out.is_dir() and all(path.name == "cache" for path in out.iterdir())):
+        return  # a cache alone is left by a run that was stopped while its data were made
     if not out.is_dir():
         raise ValueError(f"--out {out}: is a file; name a folder")
     if not resume:
@@ -100,26 +143,25 @@ def write_recipe(folder: Path, recipe: Recipe) -> None:
     write_atomically(folder / "recipe.json", lambda p: p.write_text(recipe.to_json()))
 
 
-def _stage(recipe: Recipe, folder: Path, start: Student | None, cache: Path) -> Student:
-    """Train one stage into ``folder`` and export it; a stage exported before is only loaded."""
-    pipeline = folder / "pipeline"
-    if pipeline.is_dir():
-        return load_student(pipeline)
-    built = build(recipe, start=start, out=folder, cache=cache)
-    built.trainer.preview = lambda net, index: preview(net, built.opened, folder / "samples" / f"{index:06d}.png")
-    built.trainer.resume()
-    built.trainer.fit()
+def _train(built: Built, recipe: Recipe, folder: Path) -> Student:
+    """Train one stage in ``folder``, from its newest checkpoint if there is one, and export its average."""
+    trainer, opened = built.trainer, built.opened
+    trainer.preview = lambda net, index: preview(net, opened, folder / "samples" / f"{index:06d}.png")
+    trainer.resume()
+    trainer.fit()
     method = type(recipe.objective).__name__
-    save_pipeline(built.trainer.nets.ema, built.opened, pipeline, teacher=recipe.teacher.source, method=method)
-    return built.trainer.nets.ema
+    save_pipeline(trainer.nets.ema, opened, folder / "pipeline", teacher=recipe.teacher.source, method=method)
+    return trainer.nets.ema
 
 
 def preview(student: Student, opened: Opened, path: Path, rows: int = 4) -> None:
     """A picture of the same ``rows`` x 10 samples every time."""
     labels = torch.arange(10).repeat(rows)
     cond = opened.family.cond(opened.denoiser.net, {"labels": labels})
-    samples = sample(student, (len(labels), *opened.sample_shape), cond, student.sampler, seed=PREVIEW_SEED)
-    save_grid(path, to_uint8(samples), columns=10)
+    device = next(student.parameters()).device
+    shape = (len(labels), *opened.sample_shape)
+    samples = sample(student, shape, cond, student.sampler, seed=PREVIEW_SEED, device=device)
+    save_grid(path, to_uint8(samples.cpu()), columns=10)
 
 
 def side_by_side(students: Sequence[tuple[str, Student]], opened: Opened, teacher: Guided) -> list[Grid]:
@@ -132,8 +174,9 @@ def side_by_side(students: Sequence[tuple[str, Student]], opened: Opened, teache
         k = student.sampler.steps
         shown.append((f"teacher, {k} step{'s' if k > 1 else ''}", teacher, Sampler(trailing(k), Ddim())))
         shown.append((title, student, student.sampler))
+    device = next(teacher.parameters()).device
     return [
-        Grid(title, to_uint8(sample(predict, shape, cond, sampler, seed=PREVIEW_SEED)), 10)
+        Grid(title, to_uint8(sample(predict, shape, cond, sampler, seed=PREVIEW_SEED, device=device).cpu()), 10)
         for title, predict, sampler in shown
     ]
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import stepdistill.objectives  # noqa: F401 (a recipe.json may name any of them)
 from stepdistill.data import Data
 from stepdistill.objective import Objective
 from stepdistill.sampling import Sampler

@@ -36,23 +36,24 @@ def find(name: str) -> Recipe:
         ValueError: if there is none, with a close name; or if a file cannot be run.
         FileNotFoundError: if a file is named that is not there.
     """
-    path_text, _, wanted = name.partition(":") if ".py" in name else (name, "", "")
+    path_text, _, function = name.partition(":") if ".py" in name else (name, "", "")
     path = Path(path_text)
-    if path.suffix in (".json", ".py") and not path.is_file():
+    if path.suffix not in (".json", ".py"):
+        recipes, function = bundled(), name
+    elif not path.is_file():
         raise FileNotFoundError(f"recipe {name!r}: no such file")
-    if path.suffix == ".json":
+    elif path.suffix == ".json":
         return Recipe.load(path)
-    recipes = _recipes_in(_import(path)) if path.suffix == ".py" else bundled()
-    if path.suffix == ".py" and not wanted and len(recipes) == 1:
-        (wanted,) = recipes
+    else:
+        recipes = _recipes_in(_import(path))
+        if not function and len(recipes) > 1:
+            raise ValueError(f"recipe {name!r}: choose one of {', '.join(f'{name}:{r}' for r in sorted(recipes))}")
+        function = function or next(iter(recipes), "")
     if not recipes:
-        raise ValueError(f"recipe {name!r}: no function without arguments and with `-> Recipe` in that file")
-    if path.suffix == ".py" and not wanted:
-        raise ValueError(f"recipe {name!r}: choose one of {', '.join(f'{name}:{r}' for r in sorted(recipes))}")
-    wanted = wanted or name
-    if wanted not in recipes:
-        raise ValueError(f"recipe {wanted!r}: not known{suggest(wanted, recipes)}")
-    return _run(recipes[wanted], f"recipe {name!r}")
+        raise ValueError(f"recipe {name!r}: no function there that takes nothing and is declared `-> Recipe`")
+    if function not in recipes:
+        raise ValueError(f"recipe {function!r}: not known{suggest(function, recipes)}")
+    return _run(recipes[function], f"recipe {name!r}")
 
 
 def _import(path: Path) -> ModuleType:
@@ -75,7 +76,8 @@ def _run(code: Callable[[], T], what: str) -> T:
     try:
         return code()
     except Exception as error:
-        raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{what}: {kind}{error}") from error
 
 
 def _recipes_in(module: ModuleType) -> dict[str, Callable[[], Recipe]]:

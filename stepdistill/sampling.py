@@ -95,8 +95,11 @@ class Ddim(StepRule):
 
 @dataclass(frozen=True)
 class Heun(StepRule):
-    """Two clean estimates averaged, second order; a step to the data is a jump (arXiv:2206.00364 alg. 1, in its
-    data-prediction form, which stays finite at alpha = 0). Two network calls a step but the last.
+    """Jump, look again, and jump by the mean of both clean estimates; a step to the data is a plain jump.
+
+    Second order: the trapezoid rule for ``d(x / sigma) / d(alpha / sigma) = x0``, which stays finite at alpha = 0. It
+    is not the rule of EDM (arXiv:2206.00364 alg. 1) and of diffusers' HeunDiscreteScheduler, which average the noise
+    estimates. Two network calls a step but the last.
     """
 
     def __call__(

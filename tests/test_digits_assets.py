@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from stepdistill.data import load_digits
+from stepdistill.data import Digits, load_digits
 from stepdistill.evaluation.classifier import DigitClassifier, load_digit_classifier
 
 ASSETS = Path(__file__).parents[1] / "assets" / "digits"
@@ -73,8 +73,10 @@ def test_the_split_is_disjoint_complete_and_stratified() -> None:
     assert everything.images.shape == (1797, 1, 8, 8)
     assert (everything.images.min(), everything.images.max()) == (-1, 1)
 
-    def rows(digits):
-        return {(label, image.numpy().tobytes()) for label, image in zip(digits.labels.tolist(), digits.images)}
+    def rows(digits: Digits) -> set[tuple[int, bytes]]:
+        return {
+            (label, image.numpy().tobytes()) for label, image in zip(digits.labels.tolist(), digits.images, strict=True)
+        }
 
     # No digit occurs twice in the data set, so sets of rows prove what they seem to.
     assert len(rows(everything)) == 1797

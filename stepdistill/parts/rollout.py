@@ -14,7 +14,7 @@ from stepdistill.student import Student
 
 
 class Rollout(ABC):
-    """Makes student samples; a gradient flows through the last network call only."""
+    """Makes student samples."""
 
     @abstractmethod
     def __call__(self, student: Student, batch: Batch, step: Step) -> Tensor:
@@ -51,12 +51,17 @@ class BackwardSim(Rollout):
     """From the student's own states (DMD2, arXiv:2405.14867 sec. 4.5): draw a stop, sample down to it without a
     graph by the very sampler that inference uses, then call the network once with a graph.
 
-    One stop for the whole batch. With a one-step sampler this is ``OneStep``.
+    One stop for the whole batch. With a one-step sampler this is ``OneStep``. A critic that sees samples of all stops
+    matches their *mixture*: stops that still blur are made up for by a last step that scatters.
     """
+
+    last_only: bool = False
+    """Always stop at the last step, whose output is the sample; earlier steps stay as a warm start left them."""
 
     def __call__(self, student: Student, batch: Batch, step: Step) -> Tensor:
         """See ``Rollout``."""
-        stop = int(step.integers(student.sampler.steps, 1))
+        steps = student.sampler.steps
+        stop = steps - 1 if self.last_only else int(step.integers(steps, 1))
         noise = step.randn(batch.shape)
         with torch.no_grad():
             x = student.sampler.run(student, noise, batch.cond, step.rng, stop=stop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,8 @@ def _load(source: str, custom_pipeline: str | None) -> DiffusionPipeline:
         raise FileNotFoundError(f"teacher {source!r}: no such folder; give a pipeline folder or a hub id owner/name")
     if path.exists() and not (path / "model_index.json").is_file():
         raise ValueError(f"teacher {source!r}: no model_index.json there, so it is not a diffusers pipeline folder")
+    if path.exists():
+        _refuse_foreign_code(path, custom_pipeline)
     try:
         # safetensors only: a pickle is never opened. dtype is always explicit, see the diffusers/transformers defaults.
         return DiffusionPipeline.from_pretrained(
@@ -123,6 +126,24 @@ def _load(source: str, custom_pipeline: str | None) -> DiffusionPipeline:
         raise ValueError(f"teacher {source!r}: could not be loaded ({type(error).__name__}: {reason})") from error
 
 
+def _refuse_foreign_code(folder: Path, custom_pipeline: str | None) -> None:
+    """A folder whose index names a .py file of its own would have it run by diffusers, whatever we pass.
+
+    Raises:
+        ValueError: if it does, and the file is not the one that was asked for.
+    """
+    try:
+        name = json.loads((folder / "model_index.json").read_text()).get("_class_name")
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"teacher {str(folder)!r}: model_index.json is damaged ({error})") from error
+    code = folder / f"{name[0]}.py" if isinstance(name, list) else None
+    if code is not None and code.is_file() and (custom_pipeline is None or not code.samefile(custom_pipeline)):
+        raise ValueError(
+            f"teacher {str(folder)!r}: brings its own code, {code.name}, which is not run unasked; read it, then pass "
+            f"custom_pipeline={str(code)!r}"
+        )
+
+
 def vp_schedule(scheduler: SchedulerMixin) -> DiscreteVP:
     """The VP table of a diffusers scheduler.
 
@@ -131,7 +152,14 @@ def vp_schedule(scheduler: SchedulerMixin) -> DiscreteVP:
     """
     if "beta_schedule" not in scheduler.config:
         raise ValueError(f"{type(scheduler).__name__} has no betas; this family needs a VP scheduler such as DDIM")
-    return DiscreteVP(scheduler.alphas_cumprod)
+    table = scheduler.alphas_cumprod
+    if len(table) > 1 and table[-1] > table[-2]:
+        # Euler-like schedulers lift the last entry off zero for their own arithmetic
+        raise ValueError(
+            f"{type(scheduler).__name__} keeps a table that rises at its end (zero terminal SNR, patched); load the "
+            "teacher with DDIMScheduler"
+        )
+    return DiscreteVP(table)
 
 
 _KINDS: dict[str, Kind] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
