@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import torch
 import tyro
+from diffusers.utils.logging import disable_progress_bar
 
 from stepdistill.build import open_teacher
 from stepdistill.distill import distill, evaluate_and_report
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
+    disable_progress_bar()  # diffusers' own, of loading; ours stay
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)
         sys.exit(0 if args else 2)
@@ -105,7 +107,7 @@ def _distill(args: list[str]) -> None:
     if not args or args[0].startswith("-"):
         print("usage: stepdistill distill RECIPE [--out DIR] [--resume] [--print] [--field.sub VALUE ...]\n\nrecipes:")
         for name, function in bundled().items():
-            print(f"  {name:<24} {(inspect.getdoc(function) or '').partition(chr(10))[0]}")
+            print(f"  {name:<24} {(inspect.getdoc(function) or '-').splitlines()[0]}")
         sys.exit(0 if args else 2)
     name = args[0]
     default = Distill(find(name), Path("runs") / (Path(name).stem if "." in name else name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,6 +71,8 @@ def distill(recipe: Recipe, out: Path, *, resume: bool = False) -> Distilled:
         if (folder / "pipeline").is_dir():
             student = load_student(folder / "pipeline", opened=opened)
             continue
+        if stage.run.threads:
+            torch.set_num_threads(stage.run.threads)
         opened_so = _computing_in(opened, stage.run.dtype)
         built = build(stage, opened=opened_so, start=student, out=folder, cache=out / "cache")
         write_recipe(out, recipe)  # not before: what cannot be built leaves nothing behind
@@ -117,6 +120,9 @@ def claim(out: Path, recipe: Recipe, resume: bool) -> None:
     Raises:
         ValueError: see ``distill``.
     """
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"--out {out}: {above} is no folder that can be written to")
     if not out.exists() or (out.is_dir() and all(path.name == "cache" for path in out.iterdir())):
         return  # a cache alone is left by a run that was stopped while its data were made
     if not out.is_dir():

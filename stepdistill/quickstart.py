@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import multiprocessing
 import time
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
-from stepdistill.distill import distill, evaluate_and_report
+from stepdistill.distill import claim, distill, evaluate_and_report, write_recipe
 from stepdistill.evaluation.records import Record, markdown_table
 from stepdistill.export import load_lines
+from stepdistill.logging import Progress
 from stepdistill.recipe import Recipe
 from stepdistill.recipes import find
 
@@ -19,7 +23,7 @@ ONE_STEP, FOUR_STEPS = "digits_quickstart_1step", "digits_quickstart_4step"
 
 
 def quickstart(out: Path, *, resume: bool = False, seed: int = 0) -> list[Record]:
-    """Run the two quickstart recipes through ``distill``, measure them together, and print what came out.
+    """Run the two quickstart recipes through ``distill``, one per core, measure them together, and print the outcome.
 
     Args:
         out: run directory of the one-step student; ``out/four_step`` is the other's.
@@ -34,18 +38,38 @@ def quickstart(out: Path, *, resume: bool = False, seed: int = 0) -> list[Record
     """
     start = time.monotonic()
     one, four = (reseeded(find(name), seed) for name in (ONE_STEP, FOUR_STEPS))
-    one_done = distill(one, out, resume=resume)
     four_out = out / "four_step"
-    four_done = distill(four, four_out, resume=resume and four_out.exists())
+    claim(out, one, resume)
+    write_recipe(out, one)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as other_core:
+        four_run = other_core.submit(_in_background, four, four_out)
+        one_done = distill(one, out, resume=True)  # claimed above
+        _wait(four_run, four, four_out)
+    four_done = distill(four, four_out, resume=True)  # it is finished: this loads it
     runs = [("student, 1 step", one, one_done), ("student, 4 steps", four, four_done)]
     records = evaluate_and_report(runs, out, title="Digits in one and four steps")
     print(markdown_table(records, TABLE))
     print(f"report: {out / 'report' / 'index.html'}")
-    print(
-        f"done in {time.monotonic() - start:.0f} s; load the one-step student with:\n\n{load_lines(one_done.pipeline)}"
-    )
-    print(f"\nand the four-step student the same way from {four_done.pipeline}")
+    print(f"done in {time.monotonic() - start:.0f} s; load the one-step student with:\n\n{load_lines(one_done.pipeline)}")
+    print(f"and the four-step student the same way from {four_done.pipeline}")
     return records
+
+
+def _in_background(recipe: Recipe, out: Path) -> None:
+    """A run whose progress goes to a file beside ``out``: the terminal shows the other one."""
+    with (out.parent / f"{out.name}.log").open("a") as log, contextlib.redirect_stderr(log):
+        distill(recipe, out, resume=out.exists())
+
+
+def _wait(run: Future[None], recipe: Recipe, out: Path) -> None:
+    """Show how far the other process is until it ends; raises what it raised."""
+    title = f"{type(recipe.objective).__name__.lower()}, {recipe.sampler.steps} steps"
+    with Progress(title, 0, recipe.run.steps) as bar:
+        while not run.done():
+            lines = (out / "metrics.jsonl").read_text().count("\n") if (out / "metrics.jsonl").is_file() else 0
+            bar.advance(min(lines * recipe.run.log_every, recipe.run.steps) - bar.done)
+            time.sleep(0.5)
+    run.result()
 
 
 def reseeded(recipe: Recipe, seed: int) -> Recipe:

@@ -102,6 +102,8 @@ class Run:
     """Checkpoints kept."""
     device: str = "cpu"
     """Where to train: cpu, cuda, cuda:1, mps."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice. Small networks are fastest on one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Arithmetic inside networks; weights, conversions and losses stay float32."""
 

@@ -1,6 +1,6 @@
 """Train the two networks of the digits benchmark from nothing and write them with their hashes and figures.
 
-    python train/digits_teacher.py [--out assets/digits] [--seed 0] [--steps 6000]
+    python train/digits_teacher.py [--out assets/digits] [--seed 0] [--steps 2600]
 
 The classifier judges; the teacher is what the recipes distil. Under five minutes on one idle CPU core. A given seed,
 torch version and kind of CPU always give the same bytes.
@@ -17,11 +17,11 @@ from pathlib import Path
 
 import diffusers
 import rich
-import rich.progress
 import torch
 import torch.nn.functional as F
 import tyro
 from diffusers import DDIMScheduler, UNet2DModel
+from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,17 +29,15 @@ from stepdistill.data import Digits, load_digits
 from stepdistill.evaluation.classifier import DigitClassifier
 from stepdistill.evaluation.digits import DigitsEvaluator
 from stepdistill.evaluation.features import to_uint8
+from stepdistill.models.families import open_pipeline
+from stepdistill.paths import project_dir
 
+OUT = project_dir("assets") / "digits"
 NULL_LABEL = 10
 NULL_CHANCE = 0.1  # labels replaced by the null label, for classifier-free guidance
 SAMPLING_STEPS = 50
 SAMPLES = 5000
 THREADS = 1  # more are slower on networks this small
-
-
-def track(steps: int, what: str) -> Iterator[int]:
-    """0, 1, ..., steps - 1 behind a progress bar."""
-    return iter(rich.progress.track(range(steps), description=what))
 
 
 def epochs(digits: Digits, size: int, generator: torch.Generator) -> Iterator[Digits]:
@@ -72,7 +70,7 @@ def train_classifier(
     optim = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.02, fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(optim, lr, steps)
     batches = epochs(digits, batch, generator)
-    for _ in track(steps, "classifier"):
+    for _ in track(range(steps), "classifier"):
         images, labels = next(batches)
         images = shifted(images, generator) + 0.1 * torch.randn(images.shape, generator=generator)
         loss = F.cross_entropy(model.head(F.dropout(model.features(images), 0.3)), labels)
@@ -84,7 +82,7 @@ def train_classifier(
 
 
 def teacher_scheduler() -> DDIMScheduler:
-    """The linear 1000-step VP table; the default number of steps starts at t=999, where alpha is 0.006."""
+    """The linear 1000-step VP table; trailing steps start at its end, t=999, where alpha is 0.006."""
     return DDIMScheduler(
         beta_schedule="linear",
         prediction_type="v_prediction",
@@ -135,7 +133,7 @@ def train_teacher(
     cdf = time_cdf(alphas_cumprod)
     optim = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), fused=True)
     batches = epochs(digits, batch, generator)
-    for step in track(steps, "teacher"):
+    for step in track(range(steps), "teacher"):
         images, labels = next(batches)
         labels = torch.where(torch.rand(batch, generator=generator) < NULL_CHANCE, NULL_LABEL, labels)
         # One time from each B-th of the distribution: batches differ less, and so do gradients.
@@ -156,19 +154,6 @@ def train_teacher(
     return average.eval()
 
 
-@torch.no_grad()
-def sample(model: UNet2DModel, labels: Tensor, steps: int, seed: int) -> Tensor:
-    """DDIM samples (N, 1, 8, 8) float32, around [-1, 1], of labels (N,), without guidance."""
-    scheduler = teacher_scheduler()
-    scheduler.set_timesteps(steps)
-    x = torch.randn(len(labels), 1, 8, 8, generator=torch.Generator().manual_seed(seed))
-    for t in rich.progress.track(scheduler.timesteps, description=f"{len(labels)} samples"):
-        chunks = zip(x.split(500), labels.split(500), strict=True)
-        v = torch.cat([model(x_chunk, t, class_labels=label_chunk).sample for x_chunk, label_chunk in chunks])
-        x = scheduler.step(v, t, x).prev_sample
-    return x
-
-
 def save_teacher(model: UNet2DModel, folder: Path) -> None:
     """A diffusers pipeline folder for `pipelines/class_conditional.py`; float32 safetensors."""
     model.save_pretrained(folder / "unet", safe_serialization=True)
@@ -184,7 +169,18 @@ def save_teacher(model: UNet2DModel, folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def main(out: Path = Path("assets/digits"), seed: int = 0, steps: int = 6000) -> None:
+def sample(folder: Path, labels: Tensor, seed: int) -> Tensor:
+    """Images uint8 (N, 3, 8, 8) of labels (N,) from the saved pipeline, without guidance; independent of training."""
+    pipe = open_pipeline(folder, custom_pipeline=str(project_dir("pipelines") / "class_conditional.py")).pipeline
+    generator = torch.Generator().manual_seed(seed)
+    pipe.set_progress_bar_config(disable=True)
+    chunks = track(labels.split(500), "samples")
+    return torch.cat(
+        [to_uint8(pipe(c, SAMPLING_STEPS, generator=generator, output_type="latent").images) for c in chunks]
+    )
+
+
+def main(out: Path = OUT, seed: int = 0, steps: int = 2600) -> None:
     """Train both networks, write them and MANIFEST.json.
 
     Args:
@@ -194,34 +190,31 @@ def main(out: Path = Path("assets/digits"), seed: int = 0, steps: int = 6000) ->
     """
     torch.set_num_threads(THREADS)
     digits, heldout = load_digits("train"), load_digits("heldout")
-    started = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     classifier = train_classifier(digits, seed)
     teacher = train_teacher(digits, seed, steps)
-    seconds = time.perf_counter() - started
+    seconds = {"wall": round(time.perf_counter() - wall), "cpu": round(time.process_time() - cpu)}
     save_teacher(teacher, out / "teacher")
     save_file(classifier.state_dict(), out / "classifier.safetensors")
 
     evaluator = DigitsEvaluator(SAMPLES, classifier=out / "classifier.safetensors")
-    images = to_uint8(sample(teacher, evaluator.labels, SAMPLING_STEPS, seed))
+    scores = evaluator.scores(sample(out / "teacher", evaluator.labels, seed), evaluator.labels)
     correct = classifier(heldout.images).argmax(1) == heldout.labels
-    figures = {"heldout_accuracy": 100 * float(correct.double().mean()), **evaluator.scores(images, evaluator.labels)}
-    files = [path for path in sorted(out.rglob("*")) if path.is_file() and path.name != "MANIFEST.json"]
+    figures = {"heldout_accuracy": 100 * float(correct.double().mean()), **scores}
+    files = {}
+    for path in sorted(path for path in out.rglob("*") if path.is_file() and path.name != "MANIFEST.json"):
+        data = path.read_bytes()
+        files[path.relative_to(out).as_posix()] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     manifest = {
         "command": "python train/digits_teacher.py",
         "seed": seed,
         "steps": steps,
         "threads": THREADS,
-        "training_seconds": round(seconds, 1),
+        "training_seconds": seconds,
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         "figures_percent": {name: round(value, 3) for name, value in figures.items()},
         "figures_protocol": f"DDIM-{SAMPLING_STEPS} trailing, no guidance, n={SAMPLES}, uniform labels",
-        "files": {
-            path.relative_to(out).as_posix(): {
-                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-                "bytes": path.stat().st_size,
-            }
-            for path in files
-        },
+        "files": files,
     }
     (out / "MANIFEST.json").write_text(json.dumps(manifest, indent=2) + "\n")
     rich.print(manifest)

@@ -1,0 +1,174 @@
+"""Train every digits recipe with several seeds, measure all of them on one protocol, write the tables and figures.
+
+    python eval/digits.py [--recipes digits_kd ...] [--seeds 0 1 2] [--jobs 2]
+
+Writes ``eval/digits/results.json`` (one record per recipe, training seed and metric), ``table.md`` (medians over
+training seeds, drawn from the records), ``quality.svg`` and ``samples.png``. Runs lie under ``runs/eval``; those that
+are finished are not run again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import tyro
+
+from stepdistill.build import open_teacher
+from stepdistill.distill import distill, side_by_side
+from stepdistill.evaluation.benchmark import bench_student, bench_teacher
+from stepdistill.evaluation.digits import DigitsEvaluator
+from stepdistill.evaluation.records import Record, check_same_protocol, load_records, save_records
+from stepdistill.evaluation.report import image_grid, quality_plot
+from stepdistill.export import load_student
+from stepdistill.models.denoiser import Guided
+from stepdistill.quickstart import reseeded
+from stepdistill.recipe import Recipe, Teacher
+from stepdistill.recipes import find
+
+HERE = Path(__file__).resolve().parent / "digits"
+METRICS = ("fd", "pix", "precision", "recall", "coverage", "accuracy")
+TEACHER_STEPS = (1, 2, 4, 8, 16, 50)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The published figures of the digits benchmark."""
+
+    recipes: tuple[str, ...] = (
+        "digits_quickstart_1step",
+        "digits_quickstart_4step",
+        "digits_kd",
+        "digits_dmd2",
+        "digits_dmd2/no-gan",
+        "digits_dmd2_4step",
+        "digits_cd",
+        "digits_tscd",
+        "digits_ladd",
+    )
+    """Recipes under train/; ``/no-gan`` trains without the adversarial term."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Training seeds. Samples are drawn with seed 0 throughout."""
+    jobs: int = 2
+    """Processes, one thread each."""
+    n: int = 5000
+    """Images per evaluation."""
+    runs: Path = field(default_factory=lambda: HERE.parents[1] / "runs" / "eval")
+    """Where the runs lie."""
+    out: Path = HERE
+    """Where results go."""
+
+
+def recipe_of(name: str, seed: int) -> Recipe:
+    """The recipe, its variant applied, with a training seed; nothing is measured within the run."""
+    base, _, variant = name.partition("/")
+    recipe = find(base)
+    if variant == "no-gan":
+        objective = replace(recipe.objective, gan=replace(recipe.objective.gan, weight=0.0))
+        optim = {k: v for k, v in recipe.optim.items() if k != "disc"}
+        recipe = replace(recipe, objective=objective, optim=optim)
+    elif variant:
+        raise ValueError(f"{name}: the only variant is no-gan")
+    return replace(reseeded(recipe, seed), evaluation=None)
+
+
+def run_one(name: str, seed: int, given: Arguments) -> list[Record]:
+    """Train one recipe with one seed and measure its student, and those of its stages; records are kept."""
+    torch.set_num_threads(1)
+    out = given.runs / name.replace("/", "-") / f"seed{seed}"
+    stored = out / f"records-{given.n}.json"
+    if stored.is_file():
+        return load_records(stored)
+    recipe = recipe_of(name, seed)
+    start = time.monotonic()
+    done = distill(recipe, out, resume=out.exists())
+    seconds = time.monotonic() - start
+    evaluator = DigitsEvaluator(n=given.n)
+    students = {name: (recipe, done.student)}
+    if name == "digits_tscd":  # each stage serves a step count of its own
+        for stage, folder in zip(recipe.stages(), sorted((out / "stages").iterdir()), strict=False):
+            student = load_student(folder / "pipeline")
+            students[f"{name} stage of {student.sampler.steps} steps"] = (stage, student)
+    records = []
+    for title, (stage, student) in students.items():
+        method = type(stage.objective).__name__
+        records += bench_student(student, done.opened, evaluator, [0], subject=f"{title} #{seed}", method=method)
+    trained = dataclasses.replace(
+        records[0], metric="training_seconds", value=seconds, extractor_sha256=None, reference_sha256=None
+    )
+    save_records(stored, [*records, trained])
+    return [*records, trained]
+
+
+def table(records: list[Record]) -> str:
+    """Medians over training seeds, lowest and highest beside them; the teacher's rows have one value."""
+    check_same_protocol([r for r in records if r.metric in METRICS])
+    rows: dict[tuple[str, int, str], dict[str, list[float]]] = {}
+    for r in records:
+        key = (r.subject.split(" #")[0], r.steps, r.sampler)
+        rows.setdefault(key, {}).setdefault(r.metric, []).append(r.value)
+    head = ["subject", "steps", "sampler", "seeds", *METRICS]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for (subject, steps, sampler), values in rows.items():
+        cells = [subject, str(steps), sampler, str(len(values["fd"]))]
+        for metric in METRICS:
+            digits = 3 if metric in ("fd", "pix") else 1
+            v = values[metric]
+            spread = f" ({min(v):.{digits}f} - {max(v):.{digits}f})" if len(v) > 1 else ""
+            cells.append(f"{statistics.median(v):.{digits}f}{spread}")
+        lines.append("| " + " | ".join(cells) + " |")
+    n = next(r.n for r in records if r.metric == "fd")
+    note = (
+        f"Median over training seeds (lowest - highest), n = {n} images, sampling seed 0. fd and pix are Frechet "
+        "distances in per cent of the real variance, on classifier features and on pixels; lower is better."
+    )
+    return "\n".join(lines) + f"\n\n{note}\n"
+
+
+def medians(records: list[Record]) -> list[Record]:
+    """One record per recipe and metric for the plot: the run whose FD is the median over seeds."""
+    groups: dict[tuple[str, int], list[Record]] = {}
+    for r in records:
+        if r.metric == "fd":
+            groups.setdefault((r.subject.split(" #")[0], r.steps), []).append(r)
+    middle = {sorted(g, key=lambda r: r.value)[len(g) // 2].subject for g in groups.values()}
+    return [replace(r, subject=r.subject.split(" #")[0]) for r in records if r.subject in middle]
+
+
+def main(given: Arguments) -> None:
+    """Run everything that is not there yet, then write tables and figures."""
+    torch.set_num_threads(1)
+    opened = open_teacher(Teacher("bundled:digits"))
+    teacher = Guided(opened.denoiser)
+    teacher_rows = given.runs / f"teacher-{given.n}.json"
+    jobs = [(name, seed) for seed in given.seeds for name in given.recipes]
+    with ProcessPoolExecutor(given.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pending = [pool.submit(run_one, name, seed, given) for name, seed in jobs]
+        if not teacher_rows.is_file():
+            save_records(teacher_rows, bench_teacher(teacher, opened, DigitsEvaluator(given.n), TEACHER_STEPS, [0]))
+        found = {job: future.result() for job, future in zip(jobs, pending, strict=True)}
+    records = load_records(teacher_rows)
+    for name in given.recipes:
+        for seed in given.seeds:
+            records += found[name, seed]
+    save_records(given.out / "results.json", records)
+    (given.out / "table.md").write_text(table(records))
+    print(table(records))
+    quality_plot([r for r in medians(records) if r.metric in METRICS], given.out / "quality.svg")
+    quick = [name for name in given.recipes if "quickstart" in name]
+    students = [(name, load_student(given.runs / name / f"seed{given.seeds[0]}" / "pipeline")) for name in quick]
+    if students:
+        grids = side_by_side(students, opened, teacher)
+        wanted = [grids[0], *grids[1:]]
+        images = torch.cat([torch.cat([g.images[:20], torch.full_like(g.images[:10], 255)]) for g in wanted])
+        image_grid(images[:-10], 10, scale=4).save(given.out / "samples.png")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))
