@@ -51,7 +51,10 @@ class Step:
     def at(
         cls, index: int, *stream: int, device: torch.device | str = "cpu", shared: dict[str, Tensor] | None = None
     ) -> Step:
-        """A step whose draws depend on ``index`` and ``stream`` (seed, rank, turn, micro-batch) and nothing else."""
+        """A step whose draws depend on ``index`` and ``stream`` (seed, rank, turn, micro-batch) and nothing else.
+
+        torch's CPU generator takes 32 bits of seed, so among 100,000 steps one or two share their draws.
+        """
         digest = hashlib.blake2b(struct.pack(f"<{len(stream) + 1}q", index, *stream), digest_size=8).digest()
         rng = torch.Generator(device).manual_seed(int.from_bytes(digest, "little", signed=True))
         return cls(index, rng, {} if shared is None else shared)

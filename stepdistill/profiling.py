@@ -183,10 +183,13 @@ class SavedBytes:
 
 
 class _Saved:
-    """A tensor on autograd's tape; it leaves the books when the tape lets go of it."""
+    """A tensor on autograd's tape; it leaves the books when the tape lets go of it.
+
+    Detached, because a function that saves its own result would otherwise keep itself alive through it.
+    """
 
     def __init__(self, books: SavedBytes, tensor: Tensor):
-        self.books, self.tensor = books, tensor
+        self.books, self.tensor = books, tensor.detach()
         self.storage, self.size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
         books.take(self.storage, self.size)
 
@@ -196,11 +199,12 @@ class _Saved:
 
 @contextmanager
 def saved_bytes() -> Iterator[SavedBytes]:
-    """Counts what autograd saves within the block, leaf parameters (which live anyway) excepted."""
+    """Counts what autograd saves within the block, parameters and views of them (which live anyway) excepted."""
     books = SavedBytes()
 
     def pack(tensor: Tensor) -> Tensor | _Saved:
-        return tensor if isinstance(tensor, nn.Parameter) else _Saved(books, tensor)
+        whole = tensor if tensor._base is None else tensor._base
+        return tensor if isinstance(whole, nn.Parameter) else _Saved(books, tensor)
 
     def unpack(held: Tensor | _Saved) -> Tensor:
         return held.tensor if isinstance(held, _Saved) else held

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import multiprocessing
+import os
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
@@ -41,16 +42,25 @@ def quickstart(out: Path, *, resume: bool = False, seed: int = 0) -> list[Record
     four_out = out / "four_step"
     claim(out, one, resume)
     write_recipe(out, one)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as other_core:
+    # In a session of its own, so that ^C reaches this process alone. This one passes it on, once (a second would not be
+    # waited for), and the other saves a checkpoint too.
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawned, initializer=os.setsid) as other_core:
         four_run = other_core.submit(_in_background, four, four_out)
-        one_done = distill(one, out, resume=True)  # claimed above
-        _wait(four_run, four, four_out)
+        try:
+            one_done = distill(one, out, resume=True)  # claimed above
+            _wait(four_run, four, four_out)
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
     four_done = distill(four, four_out, resume=True)  # it is finished: this loads it
     runs = [("student, 1 step", one, one_done), ("student, 4 steps", four, four_done)]
     records = evaluate_and_report(runs, out, title="Digits in one and four steps")
     print(markdown_table(records, TABLE))
     print(f"report: {out / 'report' / 'index.html'}")
-    print(f"done in {time.monotonic() - start:.0f} s; load the one-step student with:\n\n{load_lines(one_done.pipeline)}")
+    print(f"done in {time.monotonic() - start:.0f} s; load the one-step student with:\n")
+    print(load_lines(one_done.pipeline))
     print(f"and the four-step student the same way from {four_done.pipeline}")
     return records
 

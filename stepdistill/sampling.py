@@ -6,6 +6,8 @@ exported pipelines to it.
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -292,8 +294,10 @@ def _randn(like: Tensor, rng: Rng) -> Tensor:
 
 
 def sample_rngs(seed: int, ids: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator per sample, ``seed * 2^32 + id``: a sample is the same in every batch, on every machine."""
-    return [torch.Generator().manual_seed((seed << 32) + i) for i in ids]
+    """One CPU generator per sample: a sample is the same in every batch, on every machine."""
+    # torch's CPU generator keeps the low 32 bits of a seed, so the run's seed is hashed into those
+    base = int.from_bytes(hashlib.blake2b(struct.pack("<q", seed), digest_size=4).digest(), "little")
+    return [torch.Generator().manual_seed((base + i) % 2**32) for i in ids]
 
 
 @torch.no_grad()

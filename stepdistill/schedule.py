@@ -117,7 +117,7 @@ class DiscreteVP(Schedule):
         angles, slopes = self._angle.to(logsnr.device), self._slope.to(logsnr.device)
         angle = torch.atan(torch.exp(-logsnr.double() / 2))
         i = torch.searchsorted(angles, angle).sub_(1).clamp_(0, self.n - 1)
-        return ((i + 1) / self.n + (angle - angles[i + 1]) / slopes[i]).clamp(0.0, 1.0)
+        return ((i + 1).double() / self.n + (angle - angles[i + 1]) / slopes[i]).clamp(0.0, 1.0)
 
 
 class RectifiedFlow(Schedule):

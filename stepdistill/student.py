@@ -53,4 +53,5 @@ class Student(Denoiser):
                 f"steps {steps}: this student was trained for {self.sampler.steps} (times {grid}); "
                 f"use steps {self.sampler.steps}, or distil one for {steps}"
             )
-        return sample(self, shape, cond, self.sampler, seed=seed, first=first)
+        device = next(self.parameters()).device
+        return sample(self, shape, cond, self.sampler, seed=seed, first=first, device=device)

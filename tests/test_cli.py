@@ -258,7 +258,7 @@ def test_bad_input_is_refused_in_one_line_and_changes_nothing(
         ("kd --teacher.source bundled:cats", "cats/teacher': no such folder"),
         ("kd --run.device cuda:99", "run.device 'cuda:99': cannot be used on this machine"),
         ("kd --run.device gpu", "run.device 'gpu': cannot be used on this machine"),
-        ("kd --data.classes 12", "class labels must be integers from 0 to 10"),
+        ("kd --data.classes 12 --data.count 12", "class labels must be integers from 0 to 10"),
         ("ladd --heads.taps nothing", "heads.taps: 'nothing' is none of the family's features: down_blocks.0"),
         ("ladd --sampler.times 1.0 0.3", "times \\[1.0, 0.3\\]: stock schedulers go in even steps"),
         ("ladd --sampler.times 0.5", "times \\[0.5\\]: stock schedulers go in even steps"),

@@ -89,7 +89,7 @@ def test_the_split_is_disjoint_complete_and_stratified() -> None:
 def test_the_split_never_changes() -> None:
     """A digit that moves from one part to the other would turn held-out figures into training figures."""
     digest = hashlib.sha256((load_digits("heldout").images * 8).to(torch.int8).numpy().tobytes()).hexdigest()
-    assert digest == "SPLIT_DIGEST"
+    assert digest == "197fd06d08eac59a7b490984735f5d491e2cf8200cb86614b3ac151e2f27c5bb"
 
 
 def test_an_unknown_split_is_refused() -> None:
@@ -150,8 +150,8 @@ def test_the_pipeline_folder_names_what_the_pipeline_needs() -> None:
     assert not scheduler.config.clip_sample
 
 
-# At most a few per cent above the measured error, and far below that of the mean digit (0.60 at every t).
-@pytest.mark.parametrize(("t", "bound"), [(20, 0.0), (200, 0.0), (500, 0.0), (999, 0.0)])
+# Measured, plus 4 to 8 %; the mean digit has 0.54 at every t, the mean digit of the class 0.42.
+@pytest.mark.parametrize(("t", "bound"), [(20, 0.058), (100, 0.17), (200, 0.265), (500, 0.43), (999, 0.45)])
 def test_the_teacher_denoises_digits_it_never_saw(t: int, bound: float, teacher: UNet2DModel) -> None:
     assert x0_error(teacher, t, load_digits("heldout").labels) < bound
 

@@ -26,7 +26,7 @@ from stepdistill import export
 from stepdistill.export import WEIGHTS, check_exportable, load_lines, load_student, save_pipeline
 from stepdistill.models.families import Opened, open_pipeline
 from stepdistill.paths import project_dir
-from stepdistill.sampling import Ddim, DpmPP2M, Heun, Renoise, Sampler, StepRule, Tcd, sample, trailing
+from stepdistill.sampling import Ddim, DpmPP2M, Heun, Renoise, Sampler, StepRule, Tcd, sample, sample_rngs, trailing
 from stepdistill.schedule import RectifiedFlow
 from stepdistill.student import Student
 
@@ -95,7 +95,7 @@ for name, job in json.load(open("jobs.json")).items():
     exec(job["lines"], space)
     pipe, steps = space["pipe"], job["steps"]
     pipe.set_progress_bar_config(disable=True)
-    rngs = [torch.Generator().manual_seed((job["seed"] << 32) + i) for i in range(4)]
+    rngs = [torch.Generator().manual_seed(seed) for seed in job["seeds"]]
     said[name] = {"timesteps": pipe.scheduler.timesteps.tolist(), "images": len(space["images"])}
     if job["labels"] is None:
         images[name] = pipe(4, rngs, num_inference_steps=steps, output_type="pt").images
@@ -137,7 +137,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         name: {
             "lines": load_lines(folder / name),
             "steps": student.sampler.steps,
-            "seed": SEED,
+            "seeds": [rng.initial_seed() for rng in sample_rngs(SEED, range(4))],
             "labels": None if "plain" in name else LABELS.tolist(),
         }
         for name, student in students.items()

@@ -305,6 +305,30 @@ def test_golden_estimates_of_a_mixture() -> None:
     assert_close((0.5 / 0.7) ** 2 * slope, column(0.395105), rtol=0, atol=5e-7)
 
 
+def test_a_mixture_in_the_plane_has_torchs_density_and_the_bookkeeping_of_loops(
+    schedule: Schedule, interior: Tensor
+) -> None:
+    teacher = plane(schedule)
+    x_t, c = torch.randn(9, 2, dtype=torch.float64), schedule(interior)
+    density, x0 = teacher.log_density(x_t, interior), teacher(x_t, interior)
+    for i in range(9):
+        a, s = c.alpha[i], c.sigma[i]
+        stds = (a**2 * teacher.stds**2 + s**2).sqrt()
+        parts = torch.distributions.Independent(
+            torch.distributions.Normal(a * teacher.means, stds[:, None].expand(3, 2)), 1
+        )
+        weights = times(0.2, 0.5, 0.3)
+        mixture = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(weights), parts)
+        assert_close(density[i], mixture.log_prob(x_t[i]), **TIGHT)
+        share = weights * parts.log_prob(x_t[i]).exp()
+        means = [
+            teacher.means[k] + a * teacher.stds[k] ** 2 / stds[k] ** 2 * (x_t[i] - a * teacher.means[k])
+            for k in range(3)
+        ]
+        by_hand = sum(share[k] * means[k] for k in range(3)) / share.sum()
+        assert_close(x0[i], by_hand, **TIGHT)
+
+
 def test_golden_ode_maps_of_a_mixture() -> None:
     x = column(-1.2, 0.1, 0.9)
     mapped = three_modes(RectifiedFlow()).flow_map(x, times(0.95, 0.95, 0.95), times(0.02, 0.02, 0.02))

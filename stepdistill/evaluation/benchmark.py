@@ -32,8 +32,9 @@ def bench_teacher(
     """
     records = []
     for k in steps:
-        records += _bench(teacher, Sampler(trailing(k), Ddim()), opened, evaluator, seeds, "teacher", "teacher", "-",
-                          teacher.scale)
+        records += _bench(
+            teacher, Sampler(trailing(k), Ddim()), opened, evaluator, seeds, "teacher", "teacher", "-", teacher.scale
+        )
     return records
 
 

@@ -126,8 +126,8 @@ class Guided(nn.Module):
         both = {k: torch.cat([v, self.null[k].to(v).expand_as(v)]) for k, v in cond.items()}
         conditional, null = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both, want=want).chunk(2)
         low, high = (f * self.schedule.t_max for f in self.interval)
-        scale = torch.where((t >= low) & (t <= high), self.scale, 1.0).to(x_t).view(-1, *[1] * (x_t.ndim - 1))
-        return null + scale * (conditional - null)
+        inside = ((t >= low) & (t <= high)).to(x_t).view(-1, *[1] * (x_t.ndim - 1))
+        return null + (1.0 + (self.scale - 1.0) * inside) * (conditional - null)
 
 
 class Rescheduled(nn.Module):

@@ -37,6 +37,8 @@ def only_trains(nets: Nets, moves: tuple[str, ...]) -> Iterator[list[nn.Paramete
 @torch.no_grad()
 def update_average(average: nn.Module, source: nn.Module, decay: float) -> None:
     """``average <- decay * average + (1 - decay) * source`` for parameters; buffers are copied."""
-    torch._foreach_lerp_(list(average.parameters()), list(source.parameters()), 1 - decay)
+    averaged, moved = list(average.parameters()), list(source.parameters())
+    if averaged:
+        torch._foreach_lerp_(averaged, moved, 1 - decay)
     for a, b in zip(average.buffers(), source.buffers(), strict=True):
         a.copy_(b)

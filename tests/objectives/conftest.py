@@ -22,9 +22,7 @@ from stepdistill.trainer import AdamW, Run, Trainer
 def gaussian() -> GaussianTeacher:
     """A rotated Gaussian in two dimensions with standard deviations 1 and 0.2, off centre."""
     angle = torch.tensor(0.5, dtype=torch.float64)
-    rotation = torch.stack(
-        [torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])]
-    )
+    rotation = torch.stack([torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])])
     cov = rotation @ torch.diag(torch.tensor([1.0, 0.04], dtype=torch.float64)) @ rotation.T
     return GaussianTeacher(torch.tensor([0.4, -0.3]), cov, DiscreteVP.linear())
 

@@ -71,9 +71,7 @@ def test_the_student_moves_along_the_gradient_of_the_kl(gaussian: GaussianTeache
     m, factor_ = mean.clone().requires_grad_(True), factor.clone().requires_grad_(True)
     eye = torch.eye(2, dtype=torch.float64)
     q = torch.distributions.MultivariateNormal(c.alpha * m, c.alpha**2 * factor_ @ factor_.T + c.sigma**2 * eye)
-    p = torch.distributions.MultivariateNormal(
-        c.alpha * gaussian.mean, c.alpha**2 * gaussian.cov + c.sigma**2 * eye
-    )
+    p = torch.distributions.MultivariateNormal(c.alpha * gaussian.mean, c.alpha**2 * gaussian.cov + c.sigma**2 * eye)
     torch.distributions.kl_divergence(q, p).backward()
     scale = m.grad.norm() + factor_.grad.norm()
     torch.testing.assert_close(nets.student.net.mean.grad, m.grad, atol=0.01 * scale.item(), rtol=0)

@@ -56,7 +56,9 @@ def test_both_hinge_losses_equal_a_loop_over_samples(ring: MixtureTeacher) -> No
 
 
 def ring_1d(ring: MixtureTeacher) -> MixtureTeacher:
-    return MixtureTeacher(torch.tensor([0.5, 0.5]), torch.tensor([[-1.0], [1.0]]), torch.tensor([0.2, 0.2]), ring.schedule)
+    return MixtureTeacher(
+        torch.tensor([0.5, 0.5]), torch.tensor([[-1.0], [1.0]]), torch.tensor([0.2, 0.2]), ring.schedule
+    )
 
 
 def noised(schedule: DiscreteVP, t: Tensor, x: Tensor, eps: Tensor) -> list[tuple[float, float, float, float]]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stepdistill.functional.ode import jump_target
 from stepdistill.models.nets import Nets
-from stepdistill.objective import Batch, Step
+from stepdistill.objective import Step
 from stepdistill.objectives import TSCD
 from stepdistill.parts.segments import Segments
 from stepdistill.sampling import Ddim, Sampler, trailing

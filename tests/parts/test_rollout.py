@@ -42,7 +42,7 @@ def batch(n: int = 4) -> Batch:
     return Batch({"labels": torch.arange(n) % 3}, (n, 2), x0)
 
 
-@pytest.mark.parametrize("rollout", [OneStep(), FromData(), BackwardSim()], ids=str)
+@pytest.mark.parametrize("rollout", [OneStep(), FromData(), BackwardSim(), BackwardSim(last_only=True)], ids=str)
 def test_exactly_one_call_builds_a_graph_and_it_is_the_last(schedule: Schedule, rollout: Rollout) -> None:
     for index in range(8):
         s = student(schedule)
@@ -64,7 +64,7 @@ def test_exactly_one_call_builds_a_graph_and_it_is_the_last(schedule: Schedule, 
             assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("rollout", [OneStep(), FromData(), BackwardSim()], ids=str)
+@pytest.mark.parametrize("rollout", [OneStep(), FromData(), BackwardSim(), BackwardSim(last_only=True)], ids=str)
 def test_without_gradients_there_is_no_graph_at_all(rollout: Rollout) -> None:
     s = student(RectifiedFlow())
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_without_gradients_there_is_no_graph_at_all(rollout: Rollout) -> None:
     assert not any(with_graph for *_, with_graph in s.net.calls)
 
 
-@pytest.mark.parametrize("rollout", [OneStep(), FromData(), BackwardSim()], ids=str)
+@pytest.mark.parametrize("rollout", [OneStep(), FromData(), BackwardSim(), BackwardSim(last_only=True)], ids=str)
 def test_a_rollout_repeats_with_its_step(rollout: Rollout) -> None:
     s = student(RectifiedFlow())
     first = rollout(s, batch(), Step.at(5, 1))
@@ -148,6 +148,18 @@ def test_stops_are_uniform_and_shared_by_the_batch() -> None:
             counts[len(s.net.calls) - 1] += 1
             assert s.net.calls[-1][1].unique().numel() == 1
     assert float(((counts - 400) ** 2 / 400).sum()) < 13.8  # chi square of two degrees, once in a thousand
+
+
+def test_backward_simulation_of_the_last_step_only_gives_the_samples_of_inference() -> None:
+    s = student(RectifiedFlow())
+    for index in range(6):
+        s.net.calls.clear()
+        x0 = BackwardSim(last_only=True)(s, batch(), Step.at(index))
+        assert [graph for *_, graph in s.net.calls] == [False, False, True]
+        twin = Step.at(index)
+        with torch.no_grad():
+            sample = s.sampler.run(s, twin.randn((4, 2)), batch().cond, twin.rng)
+        assert_close(x0.detach(), sample)
 
 
 def test_backward_simulation_of_one_step_is_one_step() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -49,7 +50,7 @@ class CD(Objective):
 
     def intervals(self, index: int) -> int:
         """Grid intervals at step ``index``."""
-        stages = (self.grid_end // self.grid_start).bit_length()
+        stages = 1 + math.ceil(math.log2(self.grid_end / self.grid_start))
         stage = min(stages * index // max(self.grow_until, 1), stages - 1)
         return min(self.grid_start << stage, self.grid_end)
 
@@ -64,5 +65,6 @@ class CD(Objective):
         with torch.no_grad():
             x_s, _ = self.solver(nets.teacher, x_t, t, s, batch.cond, step.rng)
             target = nets.target(x_s, s, batch.cond)
+            target = torch.where((s == 0).view(-1, *[1] * (x_t.ndim - 1)), x_s, target)
         x0 = nets.student(x_t, t, batch.cond)
         return Loss(self.distance(x0, target).mean())
