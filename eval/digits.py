@@ -2,7 +2,7 @@
 
     python eval/digits.py [--recipes digits_kd ...] [--seeds 0 1 2] [--jobs 2]
 
-Writes ``eval/digits/results.json`` (one record per recipe, training seed and metric), ``table.md`` (medians over
+Writes ``eval/digits/results.json`` (one record per recipe or stage, seed and metric), ``table.md`` (medians over
 training seeds, drawn from the records), ``quality.svg`` and ``samples.png``. Runs lie under ``runs/eval``; those that
 are finished are not run again.
 """
@@ -44,7 +44,6 @@ class Arguments:
     recipes: tuple[str, ...] = (
         "digits_quickstart_1step",
         "digits_quickstart_4step",
-        "digits_kd",
         "digits_dmd2",
         "digits_dmd2/no-gan",
         "digits_dmd2_4step",
@@ -91,10 +90,10 @@ def run_one(name: str, seed: int, given: Arguments) -> list[Record]:
     seconds = time.monotonic() - start
     evaluator = DigitsEvaluator(n=given.n)
     students = {name: (recipe, done.student)}
-    if name == "digits_tscd":  # each stage serves a step count of its own
-        for stage, folder in zip(recipe.stages(), sorted((out / "stages").iterdir()), strict=False):
-            student = load_student(folder / "pipeline")
-            students[f"{name} stage of {student.sampler.steps} steps"] = (stage, student)
+    for stage, folder in zip(recipe.stages(), sorted((out / "stages").glob("*")), strict=False):
+        student = load_student(folder / "pipeline")  # each stage is a student of its own
+        label = f"{type(stage.objective).__name__}, {student.sampler.steps} step{'s' * (student.sampler.steps > 1)}"
+        students[f"{name}, after {label}"] = (stage, student)
     records = []
     for title, (stage, student) in students.items():
         method = type(stage.objective).__name__

@@ -49,8 +49,11 @@ class MetricsFile:
         self._sums, self._counts = {}, {}
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": index, **means}) + "\n")
+            try:
+                with self.path.open("a") as file:
+                    file.write(json.dumps({"step": index, **means}) + "\n")
+            except OSError as error:
+                raise OSError(f"could not write {self.path}: {error}; the last checkpoint is intact") from error
         self._watch(means, index)
         return means
 

@@ -112,7 +112,7 @@ class Run:
         for name in ("steps", "batch", "accumulate", "log_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("clip", "preview_every", "save_every"):
+        for name in ("clip", "preview_every", "save_every", "threads"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"run.{name} must be at least 0; got {getattr(self, name)}")
         if not 0 <= self.ema < 1:

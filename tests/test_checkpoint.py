@@ -232,6 +232,7 @@ def test_a_checkpoint_of_another_recipe_is_refused_and_nothing_is_loaded(
 def test_a_leftover_of_a_killed_writer_is_no_checkpoint(saved: list[Path], make: Make, tmp_path: Path) -> None:
     (saved[0].parent / ".00000004.safetensors.part").write_bytes(b"half")
     trainer = make("cd", tmp_path)
+    assert trainer.checkpoints.paths() == saved
     assert trainer.resume() and trainer.index == 3
 
 
@@ -277,6 +278,13 @@ def test_rewinding_the_log_on_a_full_disk_loses_no_line(tmp_path: Path, monkeypa
     with pytest.raises(OSError, match="could not write"):
         MetricsFile(path).rewind(1, {})
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_line_that_does_not_fit_on_the_disk_names_its_file() -> None:
+    metrics = MetricsFile(Path("/dev/full"))
+    metrics.add({"a": torch.tensor(1.0)})
+    with pytest.raises(OSError, match=r"^could not write /dev/full: .*No space left on device; the last checkpoint"):
+        metrics.write(1)
 
 
 def test_a_writer_that_is_stopped_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

@@ -244,10 +244,11 @@ def test_quickstart_distils_in_one_and_four_steps_stops_at_once_and_goes_on(
         quickstart_module.FOUR_STEPS: four,
     }
     monkeypatch.setattr(quickstart_module, "find", recipes.__getitem__)
-    out, step = tmp_path / "out", Trainer.step
+    out, step, deadline = tmp_path / "out", Trainer.step, time.monotonic() + 120
 
     def waiting(trainer: Trainer, index: int) -> dict[str, Tensor]:
         while not (out / "four_step/metrics.jsonl").is_file():
+            assert time.monotonic() < deadline, "the other process has not begun"
             time.sleep(0.05)
         signal.raise_signal(signal.SIGINT)
         return step(trainer, index)

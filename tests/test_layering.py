@@ -84,6 +84,11 @@ def test_no_two_modules_import_each_other() -> None:
     assert len(list(TopologicalSorter(GRAPH).static_order())) == len(FILES)  # raises on a cycle
 
 
+def test_whoever_reads_a_recipe_knows_all_objectives() -> None:
+    """Otherwise a run's recipe.json could be read only after something else has imported the class it names."""
+    assert "stepdistill.objectives" in GRAPH["stepdistill.recipe"]
+
+
 @pytest.mark.parametrize("folder", ["train", "eval", "pipelines", "tests"])
 def test_the_library_imports_nothing_that_imports_the_library(folder: str) -> None:
     assert [name for name, path in FILES.items() if any(i.split(".")[0] == folder for i in imported(path))] == []

@@ -16,6 +16,7 @@ from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Objective, Step
 from stepdistill.objectives import CD, DMD2, KD
 from stepdistill.parts.gan import Gan
+from stepdistill.parts.rollout import BackwardSim
 from stepdistill.profiling import evaluations, measure, saved_bytes
 from stepdistill.sampling import Sampler, trailing
 from stepdistill.schedule import DiscreteVP
@@ -39,13 +40,15 @@ class Net(nn.Module):
         return self.last(F.silu(self.first(torch.cat([x_t, known], 1))))
 
 
-def trainer_of(objective: Objective, guidance: float = 1.0, backbone: str = "teacher") -> Trainer:
+def trainer_of(
+    objective: Objective, guidance: float = 1.0, backbone: str = "teacher", sampler: Sampler | None = None
+) -> Trainer:
     """A trainer over copies of one hand-made network."""
     teacher = Denoiser(Net(), DiscreteVP.linear(), "v")
     nets = Nets()
     nets["teacher"] = Guided(teacher, guidance, {"labels": torch.tensor([0.0])})
     net = copy.deepcopy(teacher.net).requires_grad_(True)
-    nets["student"] = Student(Sampler(trailing(1)), net, teacher.schedule, teacher.kind)
+    nets["student"] = Student(sampler or Sampler(trailing(1)), net, teacher.schedule, teacher.kind)
     movers = {name for turn in objective.turns() for name in turn.moves}
     if "critic" in movers:
         nets["critic"] = Denoiser(Net(), teacher.schedule, teacher.kind)
@@ -110,6 +113,12 @@ def test_the_evaluations_of_an_update_are_listed_in_order(name: str, backbone: s
 def test_guidance_shows_as_a_batch_of_twice_the_size() -> None:
     calls = evaluations(trainer_of(CD(), guidance=2.0), 0)
     assert str(calls[0]) == "teacher forward (batch 8)"
+
+
+def test_steps_of_a_rollout_that_are_taken_without_a_graph_show_no_backward_pass() -> None:
+    objective = DMD2(BackwardSim(last_only=True), gan=NO_GAN)
+    calls = evaluations(trainer_of(objective, sampler=Sampler(trailing(2))), 0)
+    assert [str(call) for call in calls[:2]] == ["student forward (batch 4)", "student forward + backward (batch 4)"]
 
 
 def test_looking_at_a_step_takes_it_and_leaves_no_hooks() -> None:

@@ -305,6 +305,7 @@ def test_an_optimizer_setting_out_of_range_is_named(field: dict[str, float]) -> 
         {"clip": math.nan},
         {"save_every": -1},
         {"preview_every": -1},
+        {"threads": -1},
         {"seed": -1},
         {"seed": 2**63},
     ],
@@ -327,6 +328,19 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit_and_another_does_not() -> 
     first = trained(0)
     assert torch.equal(first, trained(0))
     assert not torch.equal(first, trained(1))
+
+
+def test_the_seed_reaches_the_data_and_the_turns() -> None:
+    """One-step regression draws nothing but its batch; with batches held fast only the turns' own draws are left."""
+
+    def trained(seed: int, objective: Objective, data: Callable[[Step], Batch]) -> Tensor:
+        trainer = trainer_of(objective, Run(seed=seed), data=data)
+        trainer.step(0)
+        return weights(trainer.nets.student)
+
+    for case in ((KD(), batches), (CD(), lambda step: batches(Step.at(step.index)))):
+        assert torch.equal(trained(0, *case), trained(0, *case))
+        assert not torch.equal(trained(0, *case), trained(1, *case))
 
 
 def test_a_step_depends_on_its_index_and_not_on_the_steps_before() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
+
+import torch
 
 from stepdistill.evaluation.digits import DigitsEvaluator
 from stepdistill.evaluation.features import to_uint8
 from stepdistill.evaluation.records import SECONDS, Record, device_name, records_from_scores
 from stepdistill.logging import Progress
-from stepdistill.models.denoiser import Guided
+from stepdistill.models.denoiser import Cond, Guided
 from stepdistill.models.families import Opened
 from stepdistill.sampling import Ddim, Sampler, sample, trailing
 from stepdistill.student import Student
@@ -59,13 +62,11 @@ def _bench(
     cond = opened.family.cond(opened.denoiser.net, {"labels": evaluator.labels})
     shape = (evaluator.n, *opened.sample_shape)
     device = next(opened.denoiser.parameters()).device
+    seconds = _seconds_per_image(predict, sampler, cond, shape, device)
     scores = []
     with Progress(f"{subject}, {sampler.steps} steps", 0, len(seeds)) as progress:
         for seed in seeds:
-            start = time.perf_counter()
-            samples = sample(predict, shape, cond, sampler, seed=seed, batch=250, device=device)
-            seconds = (time.perf_counter() - start) / evaluator.n
-            images = to_uint8(samples.cpu())
+            images = to_uint8(sample(predict, shape, cond, sampler, seed=seed, batch=250, device=device).cpu())
             scores.append(evaluator.scores(images, evaluator.labels) | {SECONDS: seconds})
             progress.advance()
     records = records_from_scores(
@@ -82,3 +83,21 @@ def _bench(
         **evaluator.protocol(),
     )
     return records
+
+
+def _seconds_per_image(
+    predict: Guided | Student,
+    sampler: Sampler,
+    cond: Cond,
+    shape: tuple[int, ...],
+    device: torch.device,
+    batch: int = 100,
+) -> float:
+    """Median of three timed batches, after one that warms up."""
+    part = {k: v[:batch] for k, v in cond.items()}
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        sample(predict, (min(batch, shape[0]), *shape[1:]), part, sampler, device=device).cpu()
+        times.append((time.perf_counter() - start) / min(batch, shape[0]))
+    return statistics.median(times[1:])
