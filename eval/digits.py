@@ -130,6 +130,14 @@ def table(records: list[Record]) -> str:
     return "\n".join(lines) + f"\n\n{note}\n"
 
 
+def put_into_readme(name: str, text: str) -> None:
+    """Replace what stands between ``<!-- name:begin -->`` and ``<!-- name:end -->`` in README.md."""
+    readme = HERE.parents[1] / "README.md"
+    head, _, rest = readme.read_text().partition(f"<!-- {name}:begin -->")
+    _, _, tail = rest.partition(f"<!-- {name}:end -->")
+    readme.write_text(f"{head}<!-- {name}:begin -->\n{text}<!-- {name}:end -->{tail}")
+
+
 def medians(records: list[Record]) -> list[Record]:
     """One record per recipe and metric for the plot: the run whose FD is the median over seeds."""
     groups: dict[tuple[str, int], list[Record]] = {}
@@ -158,6 +166,8 @@ def main(given: Arguments) -> None:
             records += found[name, seed]
     save_records(given.out / "results.json", records)
     (given.out / "table.md").write_text(table(records))
+    if given.out == HERE:
+        put_into_readme("table", table(records))
     print(table(records))
     quality_plot([r for r in medians(records) if r.metric in METRICS], given.out / "quality.svg")
     quick = [name for name in given.recipes if "quickstart" in name]

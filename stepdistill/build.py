@@ -86,7 +86,7 @@ def build(
     Raises:
         ValueError: if the teacher cannot be opened, or parts of the recipe do not fit it.
     """
-    run, optim = recipe.run, recipe.optim
+    run, optim = recipe.run, recipe.players
     opened = opened or open_teacher(recipe.teacher, getattr(torch, run.dtype))
     torch.manual_seed(run.seed)  # for initial weights of heads and extras; everything later draws from Step
     nets = Nets()

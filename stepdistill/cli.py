@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -216,12 +216,17 @@ def _bench(args: list[str]) -> None:
 class Methods:
     """The objectives there are: family, paper, networks and data they need."""
 
-    json: bool = field(default=False)
+    json: bool = False
     """Print JSON."""
+    markdown: bool = False
+    """Print the table of stepdistill/objectives/README.md."""
 
 
 def _methods(args: list[str]) -> None:
     given = _parse(Methods, args, "methods")
+    if given.markdown:
+        print(methods_table())
+        return
     rows = [
         {
             "name": name,
@@ -240,6 +245,17 @@ def _methods(args: list[str]) -> None:
         needs, data = ", ".join(row["needs"]), ", ".join(row["data"])
         print(f"{row['name']:<8} {row['family']:<12} {row['paper']:<17} needs {needs}; data: {data}")
         print(f"         {row['what']}")
+
+
+def methods_table() -> str:
+    """The registered objectives as a Markdown table."""
+    lines = ["| objective | family | paper | networks | data |", "| --- | --- | --- | --- | --- |"]
+    for name, cls in sorted(registered().items(), key=lambda item: (item[1].family, item[0])):
+        paper = f"[{cls.paper}](https://arxiv.org/abs/{cls.paper})"
+        path = f"{cls.family}/{cls.__module__.rpartition('.')[2]}.py"
+        needs, data = ", ".join(sorted(cls.needs)), ", ".join(sorted(cls().data)) or "conditions only"
+        lines.append(f"| [`{name}`]({path}) | {cls.family} | {paper} | {needs} | {data} |")
+    return "\n".join(lines)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

@@ -98,7 +98,7 @@ def check(recipe: Recipe, opened: Opened) -> None:
         reason = str(error).splitlines()[0]
         raise ValueError(f"run.device {recipe.run.device!r}: cannot be used on this machine ({reason})") from error
     teacher = Guided(opened.denoiser, recipe.teacher.guidance, opened.null)
-    if "disc" in recipe.optim:
+    if "disc" in recipe.players:
         new_discriminator(opened, recipe.heads, Nets({"teacher": teacher, "critic": opened.denoiser}))
     if recipe.evaluation is not None and opened.sample_shape != DIGIT_SHAPE:
         raise ValueError(

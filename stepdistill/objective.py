@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from stepdistill.models.denoiser import Cond, Denoiser
 from stepdistill.models.nets import Nets
+from stepdistill.sampling import Sampler
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,8 @@ class Objective(ABC):
 
     needs: ClassVar[frozenset[str]]
     """Networks that must be there: of student, teacher, critic, disc."""
+    optional: ClassVar[frozenset[str]] = frozenset()
+    """Networks that move under some settings only, such as a discriminator whose term may be switched off."""
     data: ClassVar[frozenset[str]] = frozenset()
     """Batch fields beyond the conditions that must be set: of x0, path. Empty: data-free."""
     family: ClassVar[str]
@@ -128,6 +131,13 @@ class Objective(ABC):
     @abstractmethod
     def turns(self) -> tuple[Turn, ...]:
         """The updates of one step, in the order of play."""
+
+    def check(self, sampler: Sampler) -> None:  # noqa: B027 (most objectives serve any grid)
+        """Refuse a student's sampler that does not go with this objective.
+
+        Raises:
+            ValueError: naming both.
+        """
 
     def averages(self) -> Mapping[str, float]:
         """Running averages of the student that the method itself uses, name -> decay, kept in ``Nets``."""

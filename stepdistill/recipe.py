@@ -109,13 +109,14 @@ class Recipe:
                 f"objective {type(self.objective).__name__} needs data with {missing}, and data "
                 f"{type(self.data).__name__} gives {sorted(self.data.provides) or 'conditions only'}"
             )
-        movers = sorted({name for turn in self.objective.turns() for name in turn.moves})
-        if movers != sorted(self.optim):
+        movers = {name for turn in self.objective.turns() for name in turn.moves}
+        if not movers <= set(self.optim) <= movers | self.objective.optional:
             raise ValueError(
-                f"optim must have one entry for each network that {type(self.objective).__name__} moves: {movers}; "
-                f"got {sorted(self.optim)}"
+                f"optim must have one entry for each network that {type(self.objective).__name__} moves: "
+                f"{sorted(movers)}; got {sorted(self.optim)}"
             )
-        if "disc" in self.optim and self.heads.backbone == "critic" and "critic" not in self.objective.needs:
+        self.objective.check(self.sampler)
+        if "disc" in self.players and self.heads.backbone == "critic" and "critic" not in self.objective.needs:
             method = type(self.objective).__name__
             raise ValueError(f"heads.backbone is 'critic', and {method} has no critic; use 'teacher'")
         self.data.check(self.sampler)
@@ -124,6 +125,12 @@ class Recipe:
                 f"warm_start.teacher.source must be this recipe's own, {self.teacher.source!r}; "
                 f"got {self.warm_start.teacher.source!r}"
             )
+
+    @property
+    def players(self) -> dict[str, AdamW]:
+        """The entries of ``optim`` that the objective moves; a switched-off term's is left aside."""
+        movers = {name for turn in self.objective.turns() for name in turn.moves}
+        return {name: spec for name, spec in self.optim.items() if name in movers}
 
     def stages(self) -> list[Recipe]:
         """This recipe behind its warm starts, in the order they run."""

@@ -33,7 +33,11 @@ DMD2_RECIPE = Recipe(
     heads=Heads("critic", ("mid_block",), 8),
     evaluation=Evaluation(64, (0, 1), (1, 50)),
     warm_start=Recipe(
-        Teacher("owner/name"), TSCD(segments=Segments(2, 4), distance=Huber()), DigitsData(), {"student": AdamW()}
+        Teacher("owner/name"),
+        TSCD(segments=Segments(2, 4), distance=Huber()),
+        DigitsData(),
+        {"student": AdamW()},
+        sampler=Sampler(trailing(2)),
     ),
 )
 
@@ -213,6 +217,18 @@ def test_dmd2_needs_real_data_for_its_gan_only() -> None:
     Recipe(TEACHER, DMD2(gan=Gan(weight=0.0)), Labels(), players)
     with pytest.raises(ValueError, match=r"needs data with \['x0'\], and data Labels gives conditions only"):
         Recipe(TEACHER, DMD2(), Labels(), players | {"disc": AdamW()})
+
+
+def test_a_switched_off_discriminator_may_keep_its_optimizer() -> None:
+    """So that ``--objective.gan.weight 0`` works on any DMD2 recipe; nothing is built for it."""
+    players = {"student": AdamW(), "critic": AdamW(), "disc": AdamW()}
+    recipe = Recipe(TEACHER, DMD2(gan=Gan(weight=0.0)), DigitsData(), players)
+    assert set(recipe.players) == {"student", "critic"}
+
+
+def test_a_grid_other_than_the_segments_edges_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"not the upper edges of 4 segments, \[1.0, 0.75, 0.5, 0.25\]"):
+        Recipe(TEACHER, TSCD(), DigitsData(), {"student": AdamW()}, sampler=Sampler(trailing(2)))
 
 
 @pytest.mark.parametrize("names", ["", "student critic", "student critic disk", "student critic disc teacher"])

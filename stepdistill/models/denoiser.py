@@ -123,6 +123,8 @@ class Guided(nn.Module):
         """The guided prediction; shapes as ``Denoiser.forward``. Gradients flow to ``x_t``, never to parameters."""
         if self.scale == 1.0:
             return self.denoiser(x_t, t, cond, want=want)
+        if not cond:
+            raise ValueError(f"guidance {self.scale} without conditions would compare the network with itself")
         both = {k: torch.cat([v, self.null[k].to(v).expand_as(v)]) for k, v in cond.items()}
         conditional, null = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both, want=want).chunk(2)
         low, high = (f * self.schedule.t_max for f in self.interval)

@@ -27,6 +27,7 @@ class DMD2(Objective):
     """
 
     needs = frozenset({"student", "teacher", "critic"})
+    optional = frozenset({"disc"})
 
     rollout: Rollout = field(default_factory=BackwardSim)
     """How the student makes its samples."""

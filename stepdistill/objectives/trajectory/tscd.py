@@ -12,7 +12,7 @@ from stepdistill.functional.ode import jump
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
 from stepdistill.parts.segments import Segments
-from stepdistill.sampling import Ddim, StepRule
+from stepdistill.sampling import Ddim, Sampler, StepRule
 
 
 @register("tscd", family="trajectory", paper="2404.13686")
@@ -39,6 +39,14 @@ class TSCD(Objective):
     """Of the target's running average. *Unverified* in the paper."""
     distance: Distance = field(default_factory=L2)
     """Between the two jumps. MSE in the early stages of the paper, adversarial in the late ones."""
+
+    def check(self, sampler: Sampler) -> None:
+        """The student jumps from edge to edge, so its grid is the segments' upper edges."""
+        if sampler.times != self.segments.edges:
+            raise ValueError(
+                f"sampler.times {list(sampler.times)} are not the upper edges of {self.segments.count} segments, "
+                f"{list(self.segments.edges)}; let objective.segments.count and the sampler's steps agree"
+            )
 
     def turns(self) -> tuple[Turn, ...]:
         """One update of the student."""
