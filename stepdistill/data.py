@@ -94,22 +94,22 @@ class Labels(Data):
     provides = frozenset()
 
     classes: int = 10
-    """Labels are 0 ... classes - 1."""
+    """Labels are 0 ... classes - 1; 0 gives none, for an unconditional teacher."""
 
     def __post_init__(self) -> None:
         """Check the range."""
-        if self.classes < 1:
-            raise ValueError(f"data.classes must be at least 1; got {self.classes}")
+        if self.classes < 0:
+            raise ValueError(f"data.classes must be at least 0; got {self.classes}")
 
     def open(self, setting: Setting) -> Callable[[Step], Batch]:
         """See ``Data``."""
         family, net = setting.opened.family, setting.opened.denoiser.net
         shape = (setting.batch, *setting.opened.sample_shape)
-        family.cond(net, {"labels": torch.arange(self.classes)})  # the network must know all of them
+        family.cond(net, _given(torch.arange(self.classes)))  # the network must know all of them
 
         def batch(step: Step) -> Batch:
-            labels = step.integers(self.classes, setting.batch)
-            return Batch(_to(family.cond(net, {"labels": labels}), setting.device), shape)
+            labels = step.integers(self.classes, setting.batch) if self.classes else torch.arange(0)
+            return Batch(_to(family.cond(net, _given(labels)), setting.device), shape)
 
         return batch
 
@@ -154,16 +154,16 @@ class TeacherPairs(Data):
     count: int = 8000
     """Trajectories."""
     classes: int = 10
-    """Labels are 0 ... classes - 1, in turn."""
+    """Labels are 0 ... classes - 1, in turn; 0 gives none, for an unconditional teacher."""
     solver: Sampler = field(default_factory=lambda: Sampler(trailing(16), DpmPP2M()))
     """How the teacher is sampled: the student's ceiling."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if self.count < 1 or self.classes < 1:
-            raise ValueError(
-                f"data.count and data.classes must be at least 1; got count {self.count}, classes {self.classes}"
-            )
+        if self.count < 1:
+            raise ValueError(f"data.count must be at least 1; got {self.count}")
+        if self.classes < 0:
+            raise ValueError(f"data.classes must be at least 0; got {self.classes}")
 
     def check(self, sampler: Sampler) -> None:
         """The student's times must be states of the solver."""
@@ -183,8 +183,8 @@ class TeacherPairs(Data):
         self.check(setting.sampler)
         grid = self._grid()
         states = [grid[round(t, 9)] for t in (*setting.sampler.times, 0.0)]
-        labels = torch.arange(self.count) % self.classes
-        cond = setting.opened.family.cond(setting.opened.denoiser.net, {"labels": labels})
+        labels = torch.arange(self.count) % self.classes if self.classes else torch.arange(0)
+        cond = setting.opened.family.cond(setting.opened.denoiser.net, _given(labels))
         path = self._paths(setting, cond)[:, states].to(setting.device)
         cond = _to(cond, setting.device)
         rows_of = _epochs(self.count, setting.batch, setting.seed)
@@ -221,6 +221,11 @@ class TeacherPairs(Data):
         if setting.cache is not None:
             write_atomically(setting.cache / name, lambda p: save_file({"path": path.contiguous()}, p))
         return path
+
+
+def _given(labels: Tensor) -> dict[str, Tensor]:
+    """What a family makes conditions of: the labels, or nothing where there are none."""
+    return {"labels": labels} if len(labels) else {}
 
 
 def _to(cond: Cond, device: str) -> Cond:

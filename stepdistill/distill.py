@@ -160,12 +160,10 @@ def _train(built: Built, recipe: Recipe, folder: Path) -> Student:
     return trainer.nets.ema
 
 
-def preview(student: Student, opened: Opened, path: Path, rows: int = 4) -> None:
-    """A picture of the same ``rows`` x 10 samples every time."""
-    labels = torch.arange(10).repeat(rows)
-    cond = opened.family.cond(opened.denoiser.net, {"labels": labels})
+def preview(student: Student, opened: Opened, path: Path, n: int = 40) -> None:
+    """A picture of the same ``n`` samples every time."""
     device = next(student.parameters()).device
-    shape = (len(labels), *opened.sample_shape)
+    cond, shape = opened.family.examples(opened.pipeline, n), (n, *opened.sample_shape)
     samples = sample(student, shape, cond, student.sampler, seed=PREVIEW_SEED, device=device)
     save_grid(path, to_uint8(samples.cpu()), columns=10)
 

@@ -10,23 +10,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from PIL import Image
 from torch import Tensor, nn
 
 from stepdistill import quickstart as quickstart_module
 from stepdistill.build import open_teacher
-from stepdistill.data import DigitsData, TeacherPairs
+from stepdistill.data import DigitsData, Labels, TeacherPairs
 from stepdistill.distill import check, claim, distill, evaluate_and_report, preview, side_by_side
 from stepdistill.evaluation.records import load_records
 from stepdistill.export import load_lines, load_student
 from stepdistill.logging import Progress
 from stepdistill.models.denoiser import Guided
 from stepdistill.models.families import Opened
-from stepdistill.objectives import DMD2
+from stepdistill.objectives import DMD2, KD
+from stepdistill.parts.gan import Gan
 from stepdistill.quickstart import quickstart, reseeded
 from stepdistill.recipe import Evaluation, Recipe, Teacher
 from stepdistill.recipes import find
-from stepdistill.sampling import Ddim, DpmPP2M, Sampler, trailing
+from stepdistill.sampling import Ddim, DpmPP2M, Sampler, sample_rngs, trailing
 from stepdistill.trainer import AdamW, Run, Trainer
 
 SHORT = Run(steps=6, batch=8, log_every=2, preview_every=3, save_every=2, ema=0.5)
@@ -290,3 +292,37 @@ def test_progress_is_a_plain_line_where_there_is_no_terminal(capsys: pytest.Capt
     with Progress("done", 3, 3):
         pass
     assert capsys.readouterr().err == "done  3/3\n"
+
+
+def test_an_unconditional_teacher_of_ones_own_is_distilled_without_data(tmp_path: Path) -> None:
+    """A stock DDPM-like folder in, a stock DDIM pipeline out: regression on pairs, then data-free DMD2."""
+    torch.manual_seed(0)
+    net = UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False)
+    DDIMPipeline(net, scheduler).save_pretrained(tmp_path / "teacher")
+    pairs = Recipe(
+        teacher=Teacher(str(tmp_path / "teacher")),
+        objective=KD(),
+        data=TeacherPairs(count=16, classes=0, solver=Sampler(trailing(4))),
+        optim={"student": AdamW(1e-3)},
+        sampler=Sampler(trailing(1)),
+        run=Run(steps=2, batch=4),
+    )
+    recipe = replace(
+        pairs,
+        objective=DMD2(gan=Gan(weight=0.0)),
+        data=Labels(classes=0),
+        optim={"student": AdamW(1e-3), "critic": AdamW(1e-3)},
+        warm_start=pairs,
+    )
+    done = distill(recipe, tmp_path / "run")
+    assert (tmp_path / "run" / "samples" / "000002.png").is_file()
+    stock = DDIMPipeline.from_pretrained(done.pipeline)
+    stock.set_progress_bar_config(disable=True)
+    rngs = sample_rngs(3, range(2))
+    images = stock(2, rngs, num_inference_steps=1, output_type="np").images
+    ours = (done.student.sample((2, 3, 8, 8), {}, seed=3) / 2 + 0.5).clamp(0, 1)
+    assert abs(images - ours.permute(0, 2, 3, 1).numpy()).max() < 1e-5

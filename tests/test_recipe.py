@@ -255,12 +255,13 @@ def test_a_warm_start_from_another_teacher_is_refused() -> None:
         replace(KD_RECIPE, warm_start=other)
 
 
-@pytest.mark.parametrize("data", [{"count": 0}, {"classes": 0}])
-def test_data_settings_out_of_range_are_refused(data: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"data.count and data.classes must be at least 1"):
-        TeacherPairs(**data)
-    with pytest.raises(ValueError, match=r"data.classes must be at least 1; got 0"):
-        Labels(0)
+def test_data_settings_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"data.count must be at least 1; got 0"):
+        TeacherPairs(count=0)
+    with pytest.raises(ValueError, match=r"data.classes must be at least 0; got -1"):
+        TeacherPairs(classes=-1)
+    with pytest.raises(ValueError, match=r"data.classes must be at least 0; got -1"):
+        Labels(-1)
 
 
 # Finding them

@@ -33,6 +33,8 @@ class Family:
     """(network, {"labels": ...}) -> conditions; checks ranges."""
     null: Callable[[DiffusionPipeline], Cond | None]
     """The unconditional condition, each tensor (1, ...); None where the pipeline has none."""
+    examples: Callable[[DiffusionPipeline, int], Cond]
+    """Conditions of n samples to look at, spread over what the model knows."""
     sample_shape: Callable[[nn.Module], tuple[int, ...]]
     """Shape of one sample."""
     taps: Callable[[nn.Module], tuple[tuple[str, int], ...]]

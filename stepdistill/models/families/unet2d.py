@@ -28,6 +28,8 @@ def _cond(net: nn.Module, given: Mapping[str, Any]) -> Cond:
         if "labels" in given:
             raise ValueError("labels were given, but this model is unconditional; leave them out")
         return {}
+    if "labels" not in given:
+        raise ValueError(f"this model is conditioned on class labels from 0 to {classes - 1}; give some")
     labels = torch.as_tensor(given["labels"])
     if labels.dtype != torch.int64 or (len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes):
         raise ValueError(f"class labels must be integers from 0 to {classes - 1}; got {labels.unique().tolist()}")
@@ -37,6 +39,14 @@ def _cond(net: nn.Module, given: Mapping[str, Any]) -> Cond:
 def _null(pipeline: DiffusionPipeline) -> Cond | None:
     label = pipeline.config.get("null_label")  # a key of other pipelines' configs, so it may be absent
     return None if label is None else {"class_labels": torch.tensor([label])}
+
+
+def _examples(pipeline: DiffusionPipeline, n: int) -> Cond:
+    classes, null = pipeline.unet.config.num_class_embeds, _null(pipeline)
+    if classes is None:
+        return {}
+    known = torch.tensor([c for c in range(classes) if null is None or c != null["class_labels"]])
+    return {"class_labels": known[torch.arange(n) % len(known)]}
 
 
 def _sample_shape(net: nn.Module) -> tuple[int, ...]:
@@ -51,5 +61,5 @@ def _taps(net: nn.Module) -> tuple[tuple[str, int], ...]:
 
 
 UNET2D = add_family(
-    Family("unet2d", "UNet2DModel", "unet", vp_schedule, vp_kind, _call, _cond, _null, _sample_shape, _taps)
+    Family("unet2d", "UNet2DModel", "unet", vp_schedule, vp_kind, _call, _cond, _null, _examples, _sample_shape, _taps)
 )
