@@ -10,7 +10,7 @@ import hashlib
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -25,40 +25,32 @@ Rng = torch.Generator | Sequence[torch.Generator]
 
 
 @dataclass(frozen=True)
-class Previous:
-    """What a multistep rule remembers of the step before."""
+class Move:
+    """One step to make: from time t to time s, under conditions, with a source of fresh noise."""
 
-    x0: Tensor
     t: Tensor
+    """Times of the states, (B,)."""
+    s: Tensor
+    """Times to go to, (B,), 0 <= s < t."""
+    cond: Cond
+    rng: Rng
+    previous: tuple[Tensor, Tensor] | None = None
+    """Clean estimate (B, ...) and times (B,) of the step before, for multistep rules; None at the first."""
+    final: bool = False
+    """s is 0 for all samples, so nothing need be evaluated or drawn for a step from there."""
 
 
 class StepRule(ABC):
     """How to get from time t to time s < t."""
 
     @abstractmethod
-    def __call__(
-        self,
-        predict: Predictor,
-        x_t: Tensor,
-        t: Tensor,
-        s: Tensor,
-        cond: Cond,
-        rng: Rng,
-        *,
-        previous: Previous | None = None,
-        final: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, predict: Predictor, x_t: Tensor, move: Move) -> tuple[Tensor, Tensor]:
         """One step.
 
         Args:
             predict: what is sampled from.
             x_t: states at time t, (B, ...).
-            t: times of the states, (B,).
-            s: times to go to, (B,), 0 <= s < t.
-            cond: conditions.
-            rng: source of fresh noise.
-            previous: the step before, None at the first.
-            final: s is 0 for all samples, so nothing need be evaluated or drawn for a step from there.
+            move: where to.
 
         Returns:
             The states at s and the clean estimates at t, both (B, ...).
@@ -78,21 +70,10 @@ def at(t: float, like: Tensor) -> Tensor:
 class Ddim(StepRule):
     """The deterministic jump (arXiv:2010.02502, eta = 0); Euler's step on rectified-flow and EDM paths."""
 
-    def __call__(
-        self,
-        predict: Predictor,
-        x_t: Tensor,
-        t: Tensor,
-        s: Tensor,
-        cond: Cond,
-        rng: Rng,
-        *,
-        previous: Previous | None = None,
-        final: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, predict: Predictor, x_t: Tensor, move: Move) -> tuple[Tensor, Tensor]:
         """See ``StepRule``; draws nothing."""
-        x0 = predict(x_t, t, cond)
-        return jump(x_t, x0, predict.schedule.coeffs(t, x_t), predict.schedule.coeffs(s, x_t)), x0
+        x0 = predict(x_t, move.t, move.cond)
+        return jump(x_t, x0, predict.schedule.coeffs(move.t, x_t), predict.schedule.coeffs(move.s, x_t)), x0
 
 
 @dataclass(frozen=True)
@@ -104,24 +85,13 @@ class Heun(StepRule):
     estimates. Two network calls a step but the last.
     """
 
-    def __call__(
-        self,
-        predict: Predictor,
-        x_t: Tensor,
-        t: Tensor,
-        s: Tensor,
-        cond: Cond,
-        rng: Rng,
-        *,
-        previous: Previous | None = None,
-        final: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, predict: Predictor, x_t: Tensor, move: Move) -> tuple[Tensor, Tensor]:
         """See ``StepRule``; draws nothing."""
-        x_s, x0 = Ddim()(predict, x_t, t, s, cond, rng)
-        if final:
+        x_s, x0 = Ddim()(predict, x_t, move)
+        if move.final:
             return x_s, x0
-        c_t, c_s = predict.schedule.coeffs(t, x_t), predict.schedule.coeffs(s, x_t)
-        x0 = torch.where(c_s.sigma == 0, x0, (x0 + predict(x_s, s, cond)) / 2)
+        c_t, c_s = predict.schedule.coeffs(move.t, x_t), predict.schedule.coeffs(move.s, x_t)
+        x0 = torch.where(c_s.sigma == 0, x0, (x0 + predict(x_s, move.s, move.cond)) / 2)
         return jump(x_t, x0, c_t, c_s), x0
 
     def evaluations(self, steps: int) -> int:
@@ -133,47 +103,27 @@ class Heun(StepRule):
 class DpmPP2M(StepRule):
     """DPM-Solver++(2M) (arXiv:2211.01095 alg. 2): second order at one network call a step, first at both ends."""
 
-    def __call__(
-        self,
-        predict: Predictor,
-        x_t: Tensor,
-        t: Tensor,
-        s: Tensor,
-        cond: Cond,
-        rng: Rng,
-        *,
-        previous: Previous | None = None,
-        final: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, predict: Predictor, x_t: Tensor, move: Move) -> tuple[Tensor, Tensor]:
         """See ``StepRule``; draws nothing."""
-        x0 = slope = predict(x_t, t, cond)
-        if previous is not None and not final:
-            h_before = predict.schedule.logsnr(t) - predict.schedule.logsnr(previous.t)
-            h = predict.schedule.logsnr(s) - predict.schedule.logsnr(t)
+        schedule = predict.schedule
+        x0 = slope = predict(x_t, move.t, move.cond)
+        if move.previous is not None and not move.final:
+            x0_before, t_before = move.previous
+            h_before = schedule.logsnr(move.t) - schedule.logsnr(t_before)
+            h = schedule.logsnr(move.s) - schedule.logsnr(move.t)
             r = (0.5 * h / h_before).to(x_t).view(-1, *[1] * (x_t.ndim - 1))  # 0 after a start at alpha = 0
-            slope = x0 + r * (x0 - previous.x0)
-        return jump(x_t, slope, predict.schedule.coeffs(t, x_t), predict.schedule.coeffs(s, x_t)), x0
+            slope = x0 + r * (x0 - x0_before)
+        return jump(x_t, slope, schedule.coeffs(move.t, x_t), schedule.coeffs(move.s, x_t)), x0
 
 
 @dataclass(frozen=True)
 class Renoise(StepRule):
     """Predict the clean sample, then add fresh noise (multistep consistency sampling, arXiv:2303.01469 alg. 1)."""
 
-    def __call__(
-        self,
-        predict: Predictor,
-        x_t: Tensor,
-        t: Tensor,
-        s: Tensor,
-        cond: Cond,
-        rng: Rng,
-        *,
-        previous: Previous | None = None,
-        final: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, predict: Predictor, x_t: Tensor, move: Move) -> tuple[Tensor, Tensor]:
         """See ``StepRule``; draws once, nothing in the final step."""
-        x0 = predict(x_t, t, cond)
-        return (x0 if final else predict.schedule.add_noise(x0, _randn(x_t, rng), s)), x0
+        x0 = predict(x_t, move.t, move.cond)
+        return (x0 if move.final else predict.schedule.add_noise(x0, _randn(x_t, move.rng), move.s)), x0
 
 
 @dataclass(frozen=True)
@@ -200,26 +150,16 @@ class Tcd(StepRule):
         index = ((1 - self.gamma) * (s / t_max * self.table - 1) + 1e-6).floor()
         return torch.where(s > 0, (index + 1) / self.table * t_max, 0.0)
 
-    def __call__(
-        self,
-        predict: Predictor,
-        x_t: Tensor,
-        t: Tensor,
-        s: Tensor,
-        cond: Cond,
-        rng: Rng,
-        *,
-        previous: Previous | None = None,
-        final: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, predict: Predictor, x_t: Tensor, move: Move) -> tuple[Tensor, Tensor]:
         """See ``StepRule``; draws once, nothing in the final step or when gamma = 0."""
-        if final or self.gamma == 0:
-            return Ddim()(predict, x_t, t, s, cond, rng)
-        r = self.below(s, predict.schedule.t_max)
-        x_r, x0 = Ddim()(predict, x_t, t, r, cond, rng)
-        c_r, c_s = predict.schedule.coeffs(r, x_t), predict.schedule.coeffs(s, x_t)
+        if move.final or self.gamma == 0:
+            return Ddim()(predict, x_t, move)
+        r = self.below(move.s, predict.schedule.t_max)
+        x_r, x0 = Ddim()(predict, x_t, replace(move, s=r))
+        c_r, c_s = predict.schedule.coeffs(r, x_t), predict.schedule.coeffs(move.s, x_t)
         ratio = c_s.alpha / c_r.alpha
-        return ratio * x_r + (c_s.sigma**2 - (ratio * c_r.sigma) ** 2).clamp_min(0).sqrt() * _randn(x_t, rng), x0
+        spread = (c_s.sigma**2 - (ratio * c_r.sigma) ** 2).clamp_min(0).sqrt()
+        return ratio * x_r + spread * _randn(x_t, move.rng), x0
 
 
 def trailing(steps: int) -> tuple[float, ...]:
@@ -282,8 +222,8 @@ class Sampler:
         grid = (*self.times, 0.0)
         for high, low in list(pairwise(grid))[:stop]:
             t, s = at(high * t_max, x), at(low * t_max, x)
-            x, x0 = self.rule(predict, x, t, s, cond, rng, previous=previous, final=low == 0)
-            previous = Previous(x0, t)
+            x, x0 = self.rule(predict, x, Move(t, s, cond, rng, previous, final=low == 0))
+            previous = x0, t
             states.append(x)
         return torch.stack(states, 1) if path else x
 

@@ -20,6 +20,7 @@ from stepdistill.sampling import (
     Ddim,
     DpmPP2M,
     Heun,
+    Move,
     Renoise,
     Sampler,
     StepRule,
@@ -241,7 +242,7 @@ def test_fresh_noise_restores_exactly_the_variance_of_the_path(schedule: Schedul
     known = Known(schedule, x0)
 
     def step(noise: Tensor) -> Tensor:
-        return rule(known, schedule.add_noise(x0, noise, t), t, s, {}, rng(3))[0]
+        return rule(known, schedule.add_noise(x0, noise, t), Move(t, s, {}, rng(3)))[0]
 
     c_s = schedule.coeffs(s, x0)
     fresh = step(0 * eps) - c_s.alpha * x0
@@ -256,11 +257,11 @@ def test_renoise_keeps_nothing_of_the_old_noise_and_tcd_as_much_as_it_says() -> 
     x0, z = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, generator=rng(3), dtype=torch.float64)
     eps, t, s = torch.randn(2, 3, dtype=torch.float64), at(0.8, x0), at(0.5, x0)
     x_t = schedule.add_noise(x0, eps, t)
-    renoised, estimate = Renoise()(Known(schedule, x0), x_t, t, s, {}, rng(3))
+    renoised, estimate = Renoise()(Known(schedule, x0), x_t, Move(t, s, {}, rng(3)))
     assert_close(renoised, 0.5 * x0 + 0.5 * z, **TIGHT)
     assert_close(estimate, x0, **TIGHT)
-    assert_close(Tcd(1.0, table=0)(Known(schedule, x0), x_t, t, s, {}, rng(3))[0], renoised, **TIGHT)
-    half = Tcd(0.5, table=0)(Known(schedule, x0), x_t, t, s, {}, rng(3))[0]  # down to .25, back up to .5
+    assert_close(Tcd(1.0, table=0)(Known(schedule, x0), x_t, Move(t, s, {}, rng(3)))[0], renoised, **TIGHT)
+    half = Tcd(0.5, table=0)(Known(schedule, x0), x_t, Move(t, s, {}, rng(3)))[0]  # down to .25, back up to .5
     ratio = 0.5 / 0.75
     by_hand = ratio * (0.75 * x0 + 0.25 * eps) + math.sqrt(0.25 - (ratio * 0.25) ** 2) * z
     assert_close(half, by_hand, **TIGHT)
@@ -286,7 +287,7 @@ def test_one_tcd_step_matches_diffusers(gamma: float, position: int) -> None:
     index = int(theirs.timesteps[position])
     t, s = at(trailing(4)[position], x), at(trailing(4)[position + 1], x)
     expected = theirs.step(teacher(x, t, {}, want="eps"), index, x, eta=gamma, generator=rng(5)).prev_sample
-    ours, x0 = Tcd(gamma)(teacher, x, t, s, {}, rng(5))
+    ours, x0 = Tcd(gamma)(teacher, x, Move(t, s, {}, rng(5)))
     assert_close(ours, expected, rtol=1e-6, atol=1e-6)
     assert_close(x0, teacher(x, t, {}), **TIGHT)
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stepdistill.models.denoiser import Cond, Predictor
+from stepdistill.models.denoiser import Predictor
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Step
 from stepdistill.objectives import CD
-from stepdistill.sampling import Ddim, Previous, Renoise, Rng, Sampler, StepRule, at, trailing
+from stepdistill.sampling import Ddim, Move, Renoise, Sampler, StepRule, at, trailing
 from stepdistill.student import Student
 from stepdistill.testing import GaussianTeacher, exact_student
 from stepdistill.trainer import AdamW
@@ -24,19 +24,8 @@ from .conftest import distilled, pretrained
 class ExactOde(StepRule):
     """The teacher's ODE without error."""
 
-    def __call__(
-        self,
-        predict: Predictor,
-        x_t: Tensor,
-        t: Tensor,
-        s: Tensor,
-        cond: Cond,
-        rng: Rng,
-        *,
-        previous: Previous | None = None,
-        final: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        return predict.flow_map(x_t, t, s), predict(x_t, t, cond)
+    def __call__(self, predict: Predictor, x_t: Tensor, move: Move) -> tuple[Tensor, Tensor]:
+        return predict.flow_map(x_t, move.t, move.s), predict(x_t, move.t, move.cond)
 
 
 def batch_of(teacher: GaussianTeacher, n: int) -> Batch:

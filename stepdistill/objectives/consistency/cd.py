@@ -11,7 +11,7 @@ import torch
 from stepdistill.functional.distances import L2, Distance
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
-from stepdistill.sampling import Ddim, StepRule
+from stepdistill.sampling import Ddim, Move, StepRule
 
 
 @register("cd", family="consistency", paper="2303.01469")
@@ -63,7 +63,7 @@ class CD(Objective):
 
         x_t = schedule.add_noise(batch.x0, eps, t)
         with torch.no_grad():
-            x_s, _ = self.solver(nets.teacher, x_t, t, s, batch.cond, step.rng)
+            x_s, _ = self.solver(nets.teacher, x_t, Move(t, s, batch.cond, step.rng))
             target = nets.target(x_s, s, batch.cond)
             target = torch.where((s == 0).view(-1, *[1] * (x_t.ndim - 1)), x_s, target)
         x0 = nets.student(x_t, t, batch.cond)

@@ -12,7 +12,7 @@ from stepdistill.functional.ode import jump
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
 from stepdistill.parts.segments import Segments
-from stepdistill.sampling import Ddim, Sampler, StepRule
+from stepdistill.sampling import Ddim, Move, Sampler, StepRule
 
 
 @register("tscd", family="trajectory", paper="2404.13686")
@@ -69,7 +69,7 @@ class TSCD(Objective):
         x_t = schedule.add_noise(batch.x0, eps, t)
         c_t, c_s, c_end = (schedule.coeffs(u, x_t) for u in (t, s, end))
         with torch.no_grad():
-            x_s, _ = self.solver(nets.teacher, x_t, t, s, batch.cond, step.rng)
+            x_s, _ = self.solver(nets.teacher, x_t, Move(t, s, batch.cond, step.rng))
             # At s = end the jump is the identity, so the target is the solver's state itself.
             target = jump(x_s, nets.target(x_s, s, batch.cond), c_s, c_end)
             target = torch.where((s == end).view_as(c_s.alpha), x_s, target)
