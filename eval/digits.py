@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from variants import recipe_of
 
 from stepdistill.build import open_teacher
 from stepdistill.distill import distill, side_by_side
@@ -28,9 +29,7 @@ from stepdistill.evaluation.records import Record, check_same_protocol, load_rec
 from stepdistill.evaluation.report import image_grid, quality_plot
 from stepdistill.export import load_student
 from stepdistill.models.denoiser import Guided
-from stepdistill.quickstart import reseeded
-from stepdistill.recipe import Recipe, Teacher
-from stepdistill.recipes import find
+from stepdistill.recipe import Teacher
 
 HERE = Path(__file__).resolve().parent / "digits"
 METRICS = ("fd", "pix", "precision", "recall", "coverage", "accuracy")
@@ -62,19 +61,6 @@ class Arguments:
     """Where the runs lie."""
     out: Path = HERE
     """Where results go."""
-
-
-def recipe_of(name: str, seed: int) -> Recipe:
-    """The recipe, its variant applied, with a training seed; nothing is measured within the run."""
-    base, _, variant = name.partition("/")
-    recipe = find(base)
-    if variant == "no-gan":
-        objective = replace(recipe.objective, gan=replace(recipe.objective.gan, weight=0.0))
-        optim = {k: v for k, v in recipe.optim.items() if k != "disc"}
-        recipe = replace(recipe, objective=objective, optim=optim)
-    elif variant:
-        raise ValueError(f"{name}: the only variant is no-gan")
-    return replace(reseeded(recipe, seed), evaluation=None)
 
 
 def run_one(name: str, seed: int, given: Arguments) -> list[Record]:

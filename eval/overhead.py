@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 import tyro
 from diffusers import UNet2DModel
+from variants import recipe_of
 
 from stepdistill.build import build, open_teacher
 from stepdistill.data import Data, TeacherPairs
 from stepdistill.evaluation.records import device_name, installed_versions
 from stepdistill.models.families import open_pipeline
 from stepdistill.profiling import measure
-from stepdistill.recipes import find
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Arguments:
     """Measure the overhead of recipes' updates."""
 
     recipes: tyro.conf.Positional[tuple[str, ...]] = ("digits_dmd2_1step",)
-    """Names under train/."""
+    """Names under train/; ``name/no-gan`` leaves the adversarial term out."""
     widths: tuple[str, ...] = ("16,32", "32,64")
     """Channels of the digits network's two levels: 16,32 is 0.17 M parameters, 32,64 0.65 M."""
     batch: int = 64
@@ -57,7 +57,7 @@ def main(given: Arguments) -> list[dict[str, object]]:
 
 def measure_recipe(name: str, width: tuple[int, ...], given: Arguments) -> list[dict[str, object]]:
     """All kinds of update of one recipe on a digits-like network of the given width, random weights."""
-    recipe = find(name)
+    recipe = recipe_of(name)
     recipe = replace(
         recipe, warm_start=None, run=replace(recipe.run, batch=given.batch), data=_small(recipe.data, given.batch)
     )
