@@ -1,4 +1,4 @@
-# make demo: distil the bundled teacher and leave a report.   make test: lint and all tests.
+# make demo: distil the bundled teacher and leave a report; again, it goes on where it stopped.   make test: lint and all tests.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -8,7 +8,7 @@ OUT    ?= runs/quickstart
 .PHONY: demo test lint clean
 
 demo: $(READY)
-	$(BIN)/stepdistill quickstart --out $(OUT)
+	$(BIN)/stepdistill quickstart --out $(OUT) --resume
 
 test: $(READY) lint
 	$(BIN)/python -m pytest

@@ -1,6 +1,6 @@
 """Update time over the time of its bare network evaluations, and bytes held by autograd, for any recipe and size.
 
-    python eval/overhead.py digits_dmd2_1step digits_cd --widths 16,32 32,64 64,128 --out eval/overhead.json
+    python eval/overhead.py digits_dmd2/no-gan digits_cd --widths 16,32 32,64 64,128 --out eval/overhead.json
 
 From Python, ``stepdistill.profiling.measure(trainer)`` does the same for any objective and any ``nn.Module`` denoiser.
 """
@@ -28,7 +28,14 @@ from stepdistill.profiling import measure
 class Arguments:
     """Measure the overhead of recipes' updates."""
 
-    recipes: tyro.conf.Positional[tuple[str, ...]] = ("digits_dmd2_1step",)
+    recipes: tyro.conf.Positional[tuple[str, ...]] = (
+        "digits_dmd2/no-gan",
+        "digits_dmd2",
+        "digits_kd",
+        "digits_cd",
+        "digits_tscd",
+        "digits_ladd",
+    )
     """Names under train/; ``name/no-gan`` leaves the adversarial term out."""
     widths: tuple[str, ...] = ("16,32", "32,64")
     """Channels of the digits network's two levels: 16,32 is 0.17 M parameters, 32,64 0.65 M."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -58,6 +58,12 @@ def new_discriminator(opened: Opened, heads: Heads, nets: Nets) -> Discriminator
     return Discriminator(backbone, taps, [known[tap] for tap in taps], heads.width)
 
 
+def computing_in(opened: Opened, dtype: str) -> Opened:
+    """The same teacher under another arithmetic; weights are shared."""
+    d = opened.denoiser
+    return replace(opened, denoiser=Denoiser(d.net, d.schedule, d.kind, d.call, getattr(torch, dtype)))
+
+
 @dataclass(frozen=True)
 class Built:
     """A recipe's networks and its trainer."""
@@ -87,7 +93,7 @@ def build(
         ValueError: if the teacher cannot be opened, or parts of the recipe do not fit it.
     """
     run, optim = recipe.run, recipe.players
-    opened = opened or open_teacher(recipe.teacher, getattr(torch, run.dtype))
+    opened = computing_in(opened or open_teacher(recipe.teacher), run.dtype)
     torch.manual_seed(run.seed)  # for initial weights of heads and extras; everything later draws from Step
     nets = Nets()
     nets["teacher"] = Guided(opened.denoiser, recipe.teacher.guidance, opened.null, interval=recipe.teacher.interval)

@@ -31,6 +31,7 @@ from stepdistill.objective import registered
 from stepdistill.quickstart import TABLE, quickstart
 from stepdistill.recipe import Evaluation, Recipe, Teacher, suggest
 from stepdistill.recipes import bundled, find
+from stepdistill.student import Student
 
 USAGE = """stepdistill: turn a pretrained diffusers pipeline into a one- to four-step generator
 
@@ -110,7 +111,7 @@ def _distill(args: list[str]) -> None:
             print(f"  {name:<24} {(inspect.getdoc(function) or '-').splitlines()[0]}")
         sys.exit(0 if args else 2)
     name = args[0]
-    default = Distill(find(name), Path("runs") / (Path(name).stem if "." in name else name))
+    default = Distill(find(name), Path("runs") / _run_name(name))
     config = (tyro.conf.AvoidSubcommands,)
     given = _parse(Distill, args[1:], f"distill {name}", default=default, config=config)
     recipe = given.recipe
@@ -126,16 +127,24 @@ def _distill(args: list[str]) -> None:
     print(f"done in {time.monotonic() - start:.0f} s; load the student with:\n\n{load_lines(done.pipeline)}")
 
 
+def _run_name(recipe: str) -> str:
+    """A folder's name for a recipe: its own, or for a run's recipe.json the run's with ``-again``."""
+    path = Path(recipe)
+    if path.suffix == ".json":
+        return f"{path.absolute().parent.name}-again"
+    return recipe.rpartition(":")[2] if ":" in recipe else path.stem
+
+
 @dataclass(frozen=True)
 class Sample:
     """Draw samples from a run or an exported pipeline into one picture."""
 
     source: tyro.conf.Positional[Path]
     """A run directory or a pipeline folder."""
-    labels: tuple[int, ...] = tuple(range(10))
-    """Classes, one column each."""
+    labels: tuple[int, ...] = ()
+    """Classes, one column each; by default what the model knows, up to ten."""
     rows: int = 4
-    """Samples of each class."""
+    """Rows of samples."""
     steps: int | None = None
     """Steps; a student takes only what it was trained for, which is the default."""
     seed: int = 0
@@ -147,18 +156,31 @@ class Sample:
 def _sample(args: list[str]) -> None:
     given = _parse(Sample, args, "sample")
     folder = _pipeline_of(given.source)
-    if given.rows < 1 or not given.labels:
-        raise ValueError(f"--rows {given.rows}, --labels {list(given.labels)}: at least one of each is needed")
+    if given.rows < 1:
+        raise ValueError(f"--rows must be at least 1; got {given.rows}")
     if not 0 <= given.seed < 2**31:
         raise ValueError(f"--seed must lie in [0, 2^31); got {given.seed}")
     _check_writable(given.out)
     student = load_student(folder)
     family = FAMILIES[type(student.net).__name__]
-    labels = torch.tensor(given.labels * given.rows)
-    cond = family.cond(student.net, {"labels": labels})
-    samples = student.sample((len(labels), *family.sample_shape(student.net)), cond, steps=given.steps, seed=given.seed)
-    save_grid(given.out, to_uint8(samples), columns=len(given.labels))
-    print(f"wrote {given.out}: {given.rows} rows of classes {', '.join(map(str, given.labels))}")
+    columns = given.labels or _known_labels(folder, student)[:10]
+    if _null_label(folder) in columns:
+        raise ValueError(f"--labels: {_null_label(folder)} is the null label, which stands for no class")
+    n = given.rows * (len(columns) or 10)
+    cond = family.cond(student.net, {"labels": torch.tensor(columns * given.rows)} if columns else {})
+    samples = student.sample((n, *family.sample_shape(student.net)), cond, steps=given.steps, seed=given.seed)
+    save_grid(given.out, to_uint8(samples), columns=len(columns) or 10)
+    of = f" of classes {', '.join(map(str, columns))}" if columns else ""
+    print(f"wrote {given.out}: {given.rows} rows{of}")
+
+
+def _null_label(folder: Path) -> int | None:
+    return json_.loads((folder / "model_index.json").read_text()).get("null_label")
+
+
+def _known_labels(folder: Path, student: Student) -> tuple[int, ...]:
+    """Classes that a student was trained on; none for an unconditional one."""
+    return tuple(c for c in range(student.net.config.num_class_embeds or 0) if c != _null_label(folder))
 
 
 def _pipeline_of(source: Path) -> Path:
@@ -196,6 +218,8 @@ class Bench:
 
 def _bench(args: list[str]) -> None:
     given = _parse(Bench, args, "bench")
+    if not given.sources:
+        raise ValueError("bench: name at least one run directory or pipeline folder")
     plan = Evaluation(given.n, given.seeds, given.teacher_steps)
     _check_writable(given.out)
     opened = open_teacher(Teacher("bundled:digits"))

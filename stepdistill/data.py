@@ -128,7 +128,9 @@ class DigitsData(Data):
                 f"data DigitsData holds images of shape {tuple(digits.images.shape[1:])}; "
                 f"the teacher's are {setting.opened.sample_shape}"
             )
-        cond = setting.opened.family.cond(setting.opened.denoiser.net, {"labels": digits.labels})
+        conditional = bool(setting.opened.family.examples(setting.opened.pipeline, 1))
+        given = {"labels": digits.labels} if conditional else {}
+        cond = setting.opened.family.cond(setting.opened.denoiser.net, given)
         cond, x0 = _to(cond, setting.device), digits.images.to(setting.device)
         rows_of = _epochs(len(x0), setting.batch, setting.seed)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from stepdistill.evaluation.features import to_uint8
 from stepdistill.evaluation.records import Record, save_records
 from stepdistill.evaluation.report import Grid, save_grid, write_report
 from stepdistill.export import check_exportable, load_lines, load_student, save_pipeline
-from stepdistill.models.denoiser import Denoiser, Guided
+from stepdistill.models.denoiser import Guided
 from stepdistill.models.families import Opened
 from stepdistill.models.nets import Nets
 from stepdistill.recipe import Recipe
@@ -73,8 +73,7 @@ def distill(recipe: Recipe, out: Path, *, resume: bool = False) -> Distilled:
             continue
         if stage.run.threads:
             torch.set_num_threads(stage.run.threads)
-        opened_so = _computing_in(opened, stage.run.dtype)
-        built = build(stage, opened=opened_so, start=student, out=folder, cache=out / "cache")
+        built = build(stage, opened=opened, start=student, out=folder, cache=out / "cache")
         write_recipe(out, recipe)  # not before: what cannot be built leaves nothing behind
         write_recipe(folder, stage)
         student = _train(built, stage, folder)
@@ -108,19 +107,13 @@ def check(recipe: Recipe, opened: Opened) -> None:
     check_exportable(Student(recipe.sampler, d.net, d.schedule, d.kind, d.call), opened)
 
 
-def _computing_in(opened: Opened, dtype: str) -> Opened:
-    """The same teacher under another arithmetic; weights are shared."""
-    d = opened.denoiser
-    return replace(opened, denoiser=Denoiser(d.net, d.schedule, d.kind, d.call, getattr(torch, dtype)))
-
-
 def claim(out: Path, recipe: Recipe, resume: bool) -> None:
     """Make sure that writing to ``out`` loses nothing.
 
     Raises:
         ValueError: see ``distill``.
     """
-    above = next(folder for folder in out.absolute().parents if folder.exists())
+    above = next((folder for folder in out.absolute().parents if folder.exists()), Path("/"))
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"--out {out}: {above} is no folder that can be written to")
     if not out.exists() or (out.is_dir() and all(path.name == "cache" for path in out.iterdir())):

@@ -108,7 +108,7 @@ class Turn:
         name: str | None = None,
     ):
         if every < 1:
-            raise ValueError(f"every must be at least 1; got {every}")
+            raise ValueError(f"every (the objective's student_every) must be at least 1; got {every}")
         self.losses = losses
         self.moves = moves
         self.every = every

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
+import sys
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
@@ -44,6 +45,7 @@ def quickstart(out: Path, *, resume: bool = False, seed: int = 0) -> list[Record
     write_recipe(out, one)
     # In a session of its own, so that ^C reaches this process alone. This one passes it on, once (a second would not be
     # waited for), and the other saves a checkpoint too.
+    before = set(multiprocessing.active_children())
     spawned = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawned, initializer=os.setsid) as other_core:
         four_run = other_core.submit(_in_background, four, four_out)
@@ -51,7 +53,7 @@ def quickstart(out: Path, *, resume: bool = False, seed: int = 0) -> list[Record
             one_done = distill(one, out, resume=True)  # claimed above
             _wait(four_run, four, four_out)
         except BaseException:
-            for process in multiprocessing.active_children():
+            for process in set(multiprocessing.active_children()) - before:
                 process.terminate()
             raise
     four_done = distill(four, four_out, resume=True)  # it is finished: this loads it
@@ -80,6 +82,9 @@ def _wait(run: Future[None], recipe: Recipe, out: Path) -> None:
             bar.advance(min(lines * recipe.run.log_every, recipe.run.steps) - bar.done)
             time.sleep(0.5)
     run.result()
+    for line in (out.parent / f"{out.name}.log").read_text().splitlines():
+        if "Warning: " in line:  # a discriminator at chance, say; the rest of the log is progress
+            print(line.partition("Warning: ")[2], file=sys.stderr)
 
 
 def reseeded(recipe: Recipe, seed: int) -> Recipe:

@@ -225,9 +225,12 @@ def _subclasses(base: type) -> dict[str, type]:
 
 def _decode_dataclass(value: Any, expected: type, where: str) -> Any:
     known = _subclasses(expected)
+    if isinstance(value, dict) and not isinstance(value.get("type", ""), str):
+        raise ValueError(f"{where}.type: expected a name, got {value['type']!r}")
     if not isinstance(value, dict) or value.get("type", expected.__name__) not in known:
         name = value.get("type") if isinstance(value, dict) else value
-        raise ValueError(f"{where}: {name!r} is no {expected.__name__}{suggest(str(name), known)}")
+        hint = "; a method of your own is known once its file is: name file.py instead" if expected is Objective else ""
+        raise ValueError(f"{where}: {name!r} is no {expected.__name__}{suggest(str(name), known)}{hint}")
     cls = known[value.get("type", expected.__name__)]
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}

@@ -110,7 +110,8 @@ class DiscreteVP(Schedule):
         i = u.ceil().long().sub_(1).clamp_(0, self.n - 1)  # the interval (i, i + 1] that holds u
         slope = slopes[i]
         angle = angles[i + 1] + (u - (i + 1)) / self.n * slope  # anchored at the entry: exact there
-        alpha, sigma = angle.cos(), angle.sin()
+        # cos(pi / 2) rounds to 6e-17; at zero terminal SNR nothing at all is left of the data
+        alpha, sigma = angle.cos().masked_fill(angle >= math.pi / 2, 0.0), angle.sin()
         return Coeffs(alpha, sigma, -sigma * slope, alpha * slope)
 
     def t_from_logsnr(self, logsnr: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ class Run:
     """Where to train: cpu, cuda, cuda:1, mps."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice. Small networks are fastest on one."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic inside networks; weights, conversions and losses stay float32."""
 
     def __post_init__(self) -> None:
@@ -214,7 +214,7 @@ class Trainer:
                 p.grad = None
             raise FloatingPointError(
                 f"turn {turn!r}: not finite at step {index} (loss {float(loss):g}, gradient norm {float(norm):g}); "
-                "lower its learning rate or its loss weights (the last checkpoint is intact)"
+                "start a new run with a lower learning rate or other loss weights (older checkpoints are intact)"
             )
         return norm
 

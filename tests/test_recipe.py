@@ -14,7 +14,7 @@ from stepdistill.data import DigitsData, Labels, TeacherPairs
 from stepdistill.functional.distances import Huber
 from stepdistill.objectives import CD, DMD2, KD, LADD, TSCD
 from stepdistill.parts.gan import Gan
-from stepdistill.parts.rollout import OneStep
+from stepdistill.parts.rollout import BackwardSim
 from stepdistill.parts.segments import Segments
 from stepdistill.parts.times import LogitNormal
 from stepdistill.recipe import Evaluation, Heads, Recipe, Teacher, decode, encode, suggest
@@ -25,7 +25,7 @@ TEACHER = Teacher("bundled:digits")
 KD_RECIPE = Recipe(TEACHER, KD(), TeacherPairs(), {"student": AdamW()})
 DMD2_RECIPE = Recipe(
     Teacher("owner/name", guidance=3.0, interval=(0.1, 0.9), custom_pipeline="code.py"),
-    DMD2(OneStep(), times=LogitNormal(0.5, 2.0), gan=Gan(weight=0.5, loss="hinge", r1=1.0), student_every=2),
+    DMD2(BackwardSim(True), times=LogitNormal(0.5, 2.0), gan=Gan(weight=0.5, loss="hinge", r1=1.0), student_every=2),
     DigitsData(),
     {name: AdamW(1e-3, betas=(0.0, 0.9), warmup=3, decay="cosine") for name in ("student", "critic", "disc")},
     sampler=Sampler(trailing(2), Tcd(0.5)),

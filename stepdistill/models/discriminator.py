@@ -64,5 +64,5 @@ class Discriminator(nn.Module):
         return self.judge(self.features(x_t, t, cond))
 
     def judge(self, features: Sequence[Tensor]) -> Tensor:
-        """Logits (B, L) of features computed before."""
-        return torch.cat([head(f) for head, f in zip(self.heads, features, strict=True)], 1)
+        """Logits (B, L) of features computed before, in float32 whatever the backbone's arithmetic."""
+        return torch.cat([head(f.float()) for head, f in zip(self.heads, features, strict=True)], 1)

@@ -30,6 +30,14 @@ class Gan:
     r1_noise: float = 0.1
     """Its standard deviation, in units of the data."""
 
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if not self.weight >= 0 or not self.r1 >= 0 or not self.r1_noise > 0:
+            raise ValueError(
+                f"gan.weight and gan.r1 must be at least 0 and gan.r1_noise above 0; got {self.weight}, {self.r1}, "
+                f"{self.r1_noise}"
+            )
+
     def student_term(self, disc: Discriminator, schedule: Schedule, x0: Tensor, cond: Cond, step: Step) -> Tensor:
         """The student's loss on its samples ``x0`` (B, ...): a scalar, with a graph through the discriminator."""
         x_t, t, _ = renoise(schedule, x0, self.times, step)

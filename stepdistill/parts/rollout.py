@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.objective import Batch, Step
-from stepdistill.sampling import at
+from stepdistill.sampling import Sampler, at
 from stepdistill.student import Student
 
 
@@ -66,3 +66,16 @@ class BackwardSim(Rollout):
         with torch.no_grad():
             x = student.sampler.run(student, noise, batch.cond, step.rng, stop=stop)
         return student(x, at(student.sampler.times[stop] * student.schedule.t_max, x), batch.cond)
+
+
+def refuse_one_step(rollout: Rollout, sampler: Sampler) -> None:
+    """``OneStep`` never visits the later times of a longer grid.
+
+    Raises:
+        ValueError: if that is what is asked for.
+    """
+    if isinstance(rollout, OneStep) and sampler.steps > 1:
+        raise ValueError(
+            f"objective.rollout OneStep trains the first of the sampler's {sampler.steps} steps only; "
+            "use BackwardSim, or a one-step sampler"
+        )

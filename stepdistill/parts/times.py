@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -51,6 +52,10 @@ class LogitNormal(Times):
     mean: float = 0.0
     std: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Check the range."""
+        _positive(self.std)
+
     def fractions(self, schedule: Schedule, n: int, step: Step) -> Tensor:
         """See ``Times``."""
         return torch.sigmoid(self.mean + self.std * step.randn((n,)).double())
@@ -63,10 +68,19 @@ class LogNormal(Times):
     mean: float = -1.2
     std: float = 1.2
 
+    def __post_init__(self) -> None:
+        """Check the range."""
+        _positive(self.std)
+
     def fractions(self, schedule: Schedule, n: int, step: Step) -> Tensor:
         """See ``Times``."""
         log_sigma = self.mean + self.std * step.randn((n,)).double()
         return (schedule.t_from_logsnr(-2 * log_sigma) / schedule.t_max).clamp(0.0, 1.0)
+
+
+def _positive(std: float) -> None:
+    if not 0 < std < math.inf:
+        raise ValueError(f"times need a standard deviation above 0; got {std}")
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,11 @@ def _load(source: str, custom_pipeline: str | None) -> DiffusionPipeline:
         raise FileNotFoundError(f"teacher {source!r}: no such folder; give a pipeline folder or a hub id owner/name")
     if path.exists() and not (path / "model_index.json").is_file():
         raise ValueError(f"teacher {source!r}: no model_index.json there, so it is not a diffusers pipeline folder")
+    if custom_pipeline is not None and not (path.exists() and Path(custom_pipeline).is_file()):
+        raise ValueError(
+            f"custom_pipeline {custom_pipeline!r}: code is run from a local file for a local folder only; "
+            "download both, read the code, and name the file"
+        )
     if path.exists():
         _refuse_foreign_code(path, custom_pipeline)
     try:

@@ -9,8 +9,9 @@ import torch
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
 from stepdistill.parts.gan import Gan
-from stepdistill.parts.rollout import FromData, Rollout
+from stepdistill.parts.rollout import FromData, Rollout, refuse_one_step
 from stepdistill.parts.times import LogitNormal
+from stepdistill.sampling import Sampler
 
 
 @register("ladd", family="adversarial", paper="2403.12015")
@@ -32,6 +33,10 @@ class LADD(Objective):
     """Loss, noise levels and penalty."""
     student_every: int = 1
     """Discriminator updates per student update."""
+
+    def check(self, sampler: Sampler) -> None:
+        """A student of several steps must be trained at all of its times."""
+        refuse_one_step(self.rollout, sampler)
 
     def turns(self) -> tuple[Turn, ...]:
         """The student's update, then the discriminator's on the same samples."""

@@ -11,7 +11,7 @@ import torch
 from stepdistill.functional.distances import L2, Distance
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
-from stepdistill.sampling import Ddim, Move, StepRule
+from stepdistill.sampling import Ddim, Move, Sampler, StepRule
 
 
 @register("cd", family="consistency", paper="2303.01469")
@@ -32,13 +32,29 @@ class CD(Objective):
     grid_end: int = 8
     """Grid intervals at the end."""
     grow_until: int = 1000
-    """Step at which ``grid_end`` is reached; it doubles on the way, in equal stages."""
+    """The grid doubles in equal stages over this many steps; the last of the stages has ``grid_end`` intervals."""
     solver: StepRule = field(default_factory=Ddim)
     """One step of the teacher's ODE. The paper uses Heun."""
     target_decay: float = 0.95
     """Of the target's running average (mu in the paper)."""
     distance: Distance = field(default_factory=L2)
     """Between the two clean estimates."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if not 1 <= self.grid_start <= self.grid_end:
+            raise ValueError(f"objective needs 1 <= grid_start <= grid_end; got {self.grid_start} and {self.grid_end}")
+        if not 0 <= self.target_decay < 1:
+            raise ValueError(f"objective.target_decay must lie in [0, 1); got {self.target_decay}")
+
+    def check(self, sampler: Sampler) -> None:
+        """The student is called at points of the grid that it was trained on."""
+        off = [t for t in sampler.times if abs(t * self.grid_end - round(t * self.grid_end)) > 1e-9]
+        if off:
+            raise ValueError(
+                f"sampler.times {off[0]:g} is no point of the grid of {self.grid_end} intervals; "
+                f"let objective.grid_end be a multiple of the sampler's {sampler.steps} steps"
+            )
 
     def turns(self) -> tuple[Turn, ...]:
         """One update of the student."""

@@ -12,8 +12,9 @@ from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
 from stepdistill.parts.critic import denoising_loss
 from stepdistill.parts.gan import Gan
-from stepdistill.parts.rollout import BackwardSim, Rollout
+from stepdistill.parts.rollout import BackwardSim, Rollout, refuse_one_step
 from stepdistill.parts.times import Times, Uniform, renoise
+from stepdistill.sampling import Sampler
 
 
 @register("dmd2", family="score", paper="2405.14867")
@@ -39,6 +40,10 @@ class DMD2(Objective):
     """The adversarial term."""
     student_every: int = 5
     """Critic updates per student update."""
+
+    def check(self, sampler: Sampler) -> None:
+        """A student of several steps must be trained on its own states."""
+        refuse_one_step(self.rollout, sampler)
 
     @property
     def adversarial(self) -> bool:

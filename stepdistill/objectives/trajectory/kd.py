@@ -10,6 +10,7 @@ from stepdistill.functional.distances import L2, Distance
 from stepdistill.functional.ode import jump_target
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
+from stepdistill.sampling import Ddim, Sampler, Tcd
 
 
 @register("kd", family="trajectory", paper="2101.02388")
@@ -27,6 +28,11 @@ class KD(Objective):
 
     distance: Distance = field(default_factory=L2)
     """Between the student's clean estimate and the one whose jump lands on the teacher's next state."""
+
+    def check(self, sampler: Sampler) -> None:
+        """Between its steps the student is trained to jump, so it must be sampled by jumps."""
+        if sampler.steps > 1 and sampler.rule not in (Ddim(), Tcd(0.0)):
+            raise ValueError(f"sampler.rule {sampler.rule} adds noise between steps; KD trains jumps, use Ddim()")
 
     def turns(self) -> tuple[Turn, ...]:
         """One update of the student."""

@@ -12,7 +12,7 @@ from stepdistill.functional.ode import jump
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
 from stepdistill.parts.segments import Segments
-from stepdistill.sampling import Ddim, Move, Sampler, StepRule
+from stepdistill.sampling import Ddim, Move, Sampler, StepRule, Tcd
 
 
 @register("tscd", family="trajectory", paper="2404.13686")
@@ -40,6 +40,14 @@ class TSCD(Objective):
     distance: Distance = field(default_factory=L2)
     """Between the two jumps. MSE in the early stages of the paper, adversarial in the late ones."""
 
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if not 0 <= self.to_edge <= 1 or not 0 <= self.target_decay < 1:
+            raise ValueError(
+                f"objective.to_edge must lie in [0, 1] and target_decay in [0, 1); got {self.to_edge} and "
+                f"{self.target_decay}"
+            )
+
     def check(self, sampler: Sampler) -> None:
         """The student jumps from edge to edge, so its grid is the segments' upper edges."""
         if sampler.times != self.segments.edges:
@@ -47,6 +55,8 @@ class TSCD(Objective):
                 f"sampler.times {list(sampler.times)} are not the upper edges of {self.segments.count} segments, "
                 f"{list(self.segments.edges)}; let objective.segments.count and the sampler's steps agree"
             )
+        if not isinstance(sampler.rule, Ddim | Tcd):
+            raise ValueError(f"sampler.rule {sampler.rule} does not jump from edge to edge; use Ddim() or Tcd(gamma)")
 
     def turns(self) -> tuple[Turn, ...]:
         """One update of the student."""
