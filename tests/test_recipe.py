@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ from stepdistill.data import DigitsData, Labels, TeacherPairs
 from stepdistill.functional.distances import Huber
 from stepdistill.objectives import CD, DMD2, KD, LADD, TSCD
 from stepdistill.parts.gan import Gan
-from stepdistill.parts.rollout import BackwardSim
+from stepdistill.parts.rollout import BackwardSim, OneStep
 from stepdistill.parts.segments import Segments
-from stepdistill.parts.times import LogitNormal
+from stepdistill.parts.times import LogitNormal, LogNormal
 from stepdistill.recipe import Evaluation, Heads, Recipe, Teacher, decode, encode, suggest
-from stepdistill.sampling import Sampler, Tcd, trailing
+from stepdistill.sampling import Renoise, Sampler, Tcd, trailing
 from stepdistill.trainer import AdamW, Run
 
 TEACHER = Teacher("bundled:digits")
+OWN = "; a method of your own is known once its file is: name file.py instead"
 KD_RECIPE = Recipe(TEACHER, KD(), TeacherPairs(), {"student": AdamW()})
 DMD2_RECIPE = Recipe(
     Teacher("owner/name", guidance=3.0, interval=(0.1, 0.9), custom_pipeline="code.py"),
@@ -119,8 +121,8 @@ def test_encoding_names_every_type() -> None:
     ("path", "new", "line"),
     [
         ("type", "Recipes", "recipe: 'Recipes' is no Recipe; did you mean 'Recipe'?"),
-        ("objective.type", "DMD", "recipe.objective: 'DMD' is no Objective; did you mean 'DMD2'?"),
-        ("objective", "DMD2", "recipe.objective: 'DMD2' is no Objective; did you mean 'DMD2'?"),
+        ("objective.type", "DMD", "recipe.objective: 'DMD' is no Objective; did you mean 'DMD2'?" + OWN),
+        ("objective", "DMD2", "recipe.objective: 'DMD2' is no Objective; did you mean 'DMD2'?" + OWN),
         ("objective.times.type", "Unifrom", "recipe.objective.times: 'Unifrom' is no Times; did you mean 'Uniform'?"),
         ("objective.gan.wieght", 1.0, "recipe.objective.gan.wieght: no such field of Gan; did you mean 'weight'?"),
         ("run.stpes", 1, "recipe.run.stpes: no such field of Run; did you mean 'steps'?"),
@@ -128,7 +130,7 @@ def test_encoding_names_every_type() -> None:
         ("run.steps", 3.5, "recipe.run.steps: expected int, got 3.5"),
         ("run.steps", True, "recipe.run.steps: expected int, got True"),
         ("run.ema", "much", "recipe.run.ema: expected float, got 'much'"),
-        ("run.dtype", "int8", "recipe.run.dtype: 'int8' is none of 'float32', 'bfloat16', 'float16'"),
+        ("run.dtype", "int8", "recipe.run.dtype: 'int8' is none of 'float32', 'bfloat16'"),
         ("teacher.source", None, "recipe.teacher.source: expected str, got None"),
         ("teacher.interval", [0.0], "recipe.teacher.interval: expected 2 values, got 1"),
         ("sampler.times", 1.0, "recipe.sampler.times: expected a list, got 1.0"),
@@ -224,6 +226,48 @@ def test_a_switched_off_discriminator_may_keep_its_optimizer() -> None:
     players = {"student": AdamW(), "critic": AdamW(), "disc": AdamW()}
     recipe = Recipe(TEACHER, DMD2(gan=Gan(weight=0.0)), DigitsData(), players)
     assert set(recipe.players) == {"student", "critic"}
+
+
+@pytest.mark.parametrize(
+    ("objective", "data", "sampler", "line"),
+    [
+        (
+            DMD2(OneStep(), gan=Gan(weight=0.0)),
+            Labels(),
+            Sampler(trailing(4)),
+            "OneStep trains the first of the sampler's 4",
+        ),
+        (LADD(OneStep()), DigitsData(), Sampler(trailing(2)), "OneStep trains the first of the sampler's 2"),
+        (KD(), TeacherPairs(), Sampler(trailing(4), Renoise()), "KD trains jumps"),
+        (TSCD(), DigitsData(), Sampler(trailing(4), Renoise()), "does not jump from edge to edge"),
+        (CD(grid_end=8), DigitsData(), Sampler(trailing(3), Renoise()), "no point of the grid of 8 intervals"),
+    ],
+)
+def test_a_sampler_that_the_objective_does_not_train_is_refused(
+    objective: Any, data: Any, sampler: Sampler, line: str
+) -> None:
+    """Among them the known bug class: a student of several steps without backward simulation."""
+    movers = {name for turn in objective.turns() for name in turn.moves}
+    with pytest.raises(ValueError, match=line):
+        Recipe(TEACHER, objective, data, {name: AdamW() for name in movers}, sampler=sampler)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: CD(grid_start=0),
+        lambda: CD(grid_start=16, grid_end=8),
+        lambda: CD(target_decay=2.0),
+        lambda: TSCD(to_edge=1.5),
+        lambda: Gan(weight=-1.0),
+        lambda: Gan(r1_noise=0.0),
+        lambda: LogNormal(std=float("nan")),
+        lambda: LogitNormal(std=0.0),
+    ],
+)
+def test_settings_out_of_range_are_refused(make: Callable[[], Any]) -> None:
+    with pytest.raises(ValueError, match=r"must|needs|need"):
+        make()
 
 
 def test_a_grid_other_than_the_segments_edges_is_refused() -> None:

@@ -239,3 +239,12 @@ def test_noise_is_added_per_sample(schedule: Schedule, interior: Tensor) -> None
     c = schedule(interior)
     rows = [float(c.alpha[i]) * x0[i] + float(c.sigma[i]) * eps[i] for i in range(9)]
     assert_close(schedule.add_noise(x0, eps, interior), torch.stack(rows), **TIGHT)
+
+
+def test_at_zero_terminal_snr_nothing_is_left_of_the_data() -> None:
+    table = DiscreteVP.linear()(torch.arange(1, 1001, dtype=torch.float64) / 1000).alpha ** 2
+    table[-1] = 0.0
+    schedule = DiscreteVP(table)
+    end = torch.ones(1, dtype=torch.float64)
+    assert schedule(end).alpha.item() == 0.0 and schedule(end).sigma.item() == 1.0
+    assert schedule.logsnr(end).item() == -float("inf")
