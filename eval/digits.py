@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from variants import recipe_of
+from common import put_into_readme, recipe_of
 
 from stepdistill.build import open_teacher
 from stepdistill.distill import distill, side_by_side
@@ -114,14 +114,6 @@ def table(records: list[Record]) -> str:
         "distances in per cent of the real variance, on classifier features and on pixels; lower is better."
     )
     return "\n".join(lines) + f"\n\n{note}\n"
-
-
-def put_into_readme(name: str, text: str) -> None:
-    """Replace what stands between ``<!-- name:begin -->`` and ``<!-- name:end -->`` in README.md."""
-    readme = HERE.parents[1] / "README.md"
-    head, _, rest = readme.read_text().partition(f"<!-- {name}:begin -->")
-    _, _, tail = rest.partition(f"<!-- {name}:end -->")
-    readme.write_text(f"{head}<!-- {name}:begin -->\n{text}<!-- {name}:end -->{tail}")
 
 
 def medians(records: list[Record]) -> list[Record]:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 import tyro
+from common import put_into_readme, recipe_of
 from diffusers import UNet2DModel
-from variants import recipe_of
 
 from stepdistill.build import build, open_teacher
 from stepdistill.data import Data, TeacherPairs
@@ -46,7 +46,7 @@ class Arguments:
     threads: int = 1
     """Of torch."""
     out: Path | None = None
-    """JSON file to write."""
+    """JSON file to write; the table in the project's README is written with it."""
 
 
 def main(given: Arguments) -> list[dict[str, object]]:
@@ -59,7 +59,24 @@ def main(given: Arguments) -> list[dict[str, object]]:
     if given.out:
         record = {"device": device_name("cpu"), "versions": installed_versions(), "rows": rows}
         given.out.write_text(json.dumps(record, indent=1) + "\n")
+        put_into_readme("overhead", table(rows, str(record["device"])))
     return rows
+
+
+def table(rows: list[dict[str, object]], device: str) -> str:
+    """The rows as Markdown."""
+    lines = ["| recipe | parameters | update | ms | bare ms | ratio | bytes held / minimum |", "|" + " --- |" * 7]
+    for r in rows:
+        lines.append(
+            f"| {r['recipe']} | {r['parameters'] / 1e6:.2f} M | {r['update']} | {r['milliseconds']:.1f} | "
+            f"{r['bare_milliseconds']:.1f} | {r['ratio']:.3f} | {r['bytes_ratio']:.2f} |"
+        )
+    note = (
+        f"Batch {rows[0]['batch']}, float32, {device}; medians of alternating pairs. The minimum is the one evaluation "
+        "with a backward pass that needs most; a student's adversarial gradient flows through discriminator and student, "
+        "so both graphs are alive at once."
+    )
+    return "\n".join(lines) + f"\n\n{note}\n"
 
 
 def measure_recipe(name: str, width: tuple[int, ...], given: Arguments) -> list[dict[str, object]]:

@@ -1,8 +1,9 @@
-"""Recipes of the published figures: a name under train/, with an optional variant behind a slash."""
+"""What the measuring scripts share: recipes with variants, and tables in the project's README."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from stepdistill.quickstart import reseeded
 from stepdistill.recipe import Recipe
@@ -27,3 +28,11 @@ def recipe_of(name: str, seed: int = 0) -> Recipe:
     elif variant:
         raise ValueError(f"{name}: the only variant is no-gan")
     return replace(reseeded(recipe, seed), evaluation=None)
+
+
+def put_into_readme(name: str, text: str) -> None:
+    """Replace what stands between ``<!-- name:begin -->`` and ``<!-- name:end -->`` in README.md."""
+    readme = Path(__file__).resolve().parents[1] / "README.md"
+    head, _, rest = readme.read_text().partition(f"<!-- {name}:begin -->")
+    _, _, tail = rest.partition(f"<!-- {name}:end -->")
+    readme.write_text(f"{head}<!-- {name}:begin -->\n{text}<!-- {name}:end -->{tail}")
