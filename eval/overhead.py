@@ -73,8 +73,8 @@ def table(rows: list[dict[str, object]], device: str) -> str:
         )
     note = (
         f"Batch {rows[0]['batch']}, float32, {device}; medians of alternating pairs. The minimum is the one evaluation "
-        "with a backward pass that needs most; a student's adversarial gradient flows through discriminator and student, "
-        "so both graphs are alive at once."
+        "with a backward pass that needs most. An adversarial gradient flows through discriminator and student: both "
+        "graphs are alive at once."
     )
     return "\n".join(lines) + f"\n\n{note}\n"
 
