@@ -45,12 +45,13 @@ class Arguments:
         "digits_quickstart_4step",
         "digits_dmd2",
         "digits_dmd2/no-gan",
+        "digits_dmd2/no-gan-equal-cost",
         "digits_dmd2_4step",
         "digits_cd",
         "digits_tscd",
         "digits_ladd",
     )
-    """Recipes under train/; ``/no-gan`` trains without the adversarial term."""
+    """Recipes under train/; see ``common.recipe_of`` for variants."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Training seeds. Samples are drawn with seed 0 throughout."""
     jobs: int = 2
@@ -117,13 +118,20 @@ def table(records: list[Record]) -> str:
 
 
 def medians(records: list[Record]) -> list[Record]:
-    """One record per recipe and metric for the plot: the run whose FD is the median over seeds."""
+    """What the plot shows: of each recipe and step count the run whose FD is the median over seeds.
+
+    Stages of a chain of the same method share its name; variants and warm starts stand in the table only.
+    """
     groups: dict[tuple[str, int], list[Record]] = {}
     for r in records:
-        if r.metric == "fd":
-            groups.setdefault((r.subject.split(" #")[0], r.steps), []).append(r)
-    middle = {sorted(g, key=lambda r: r.value)[len(g) // 2].subject for g in groups.values()}
-    return [replace(r, subject=r.subject.split(" #")[0]) for r in records if r.subject in middle]
+        method = r.subject.partition(" #")[0].partition(",")[0].removeprefix("digits_")
+        if r.metric == "fd" and "/" not in method and not ("quickstart" in method and ", after" in r.subject):
+            groups.setdefault((method, r.steps), []).append(r)
+    shown = {}
+    for (method, steps), group in groups.items():
+        middle = sorted(group, key=lambda r: r.value)[len(group) // 2]
+        shown[middle.subject, steps] = method
+    return [replace(r, subject=shown[r.subject, r.steps]) for r in records if (r.subject, r.steps) in shown]
 
 
 def main(given: Arguments) -> None:
@@ -154,7 +162,7 @@ def main(given: Arguments) -> None:
         grids = side_by_side(students, opened, teacher)
         wanted = [grids[0], *grids[1:]]
         images = torch.cat([torch.cat([g.images[:20], torch.full_like(g.images[:10], 255)]) for g in wanted])
-        image_grid(images[:-10], 10, scale=4).save(given.out / "samples.png")
+        image_grid(images[:-10], 10, scale=6).save(given.out / "samples.png")
 
 
 if __name__ == "__main__":

@@ -80,9 +80,9 @@ class MetricsFile:
             guessing = before + index - self._last if value < CHANCE else 0
             if guessing >= PATIENCE:
                 warnings.warn(
-                    f"{name} has stayed below {CHANCE} for {guessing} steps (0.5 is chance): the GAN term teaches the "
-                    "student nothing. Raise the discriminator's learning rate, look at lower noise (gan.times), or "
-                    "tap earlier features",
+                    f"{name} has stayed below {CHANCE} for {guessing} steps (0.5 is chance): either the discriminator "
+                    "does not learn (raise its learning rate, look at lower noise with gan.times, tap earlier features), "
+                    "or the student leaves it nothing to see; compare with gan.weight 0",
                     stacklevel=2,
                 )
                 guessing = -1

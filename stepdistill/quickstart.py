@@ -11,6 +11,8 @@ import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
+import torch
+
 from stepdistill.distill import claim, distill, evaluate_and_report, write_recipe
 from stepdistill.evaluation.records import Record, markdown_table
 from stepdistill.export import load_lines
@@ -57,6 +59,7 @@ def quickstart(out: Path, *, resume: bool = False, seed: int = 0) -> list[Record
                 process.terminate()
             raise
     four_done = distill(four, four_out, resume=True)  # it is finished: this loads it
+    torch.set_num_threads(os.cpu_count() or 1)  # training wants one thread, sampling in large batches all of them
     runs = [("student, 1 step", one, one_done), ("student, 4 steps", four, four_done)]
     records = evaluate_and_report(runs, out, title="Digits in one and four steps")
     print(markdown_table(records, TABLE))
