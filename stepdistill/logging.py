@@ -81,8 +81,8 @@ class MetricsFile:
             if guessing >= PATIENCE:
                 warnings.warn(
                     f"{name} has stayed below {CHANCE} for {guessing} steps (0.5 is chance): either the discriminator "
-                    "does not learn (raise its learning rate, look at lower noise with gan.times, tap earlier features), "
-                    "or the student leaves it nothing to see; compare with gan.weight 0",
+                    "does not learn (raise its learning rate, look at lower noise with gan.times, tap earlier "
+                    "features), or the student leaves it nothing to see; compare with gan.weight 0",
                     stacklevel=2,
                 )
                 guessing = -1
