@@ -1,0 +1,44 @@
+"""Numbers in README come from stored records."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+from stepdistill.evaluation.records import load_records
+
+ROOT = Path(__file__).parents[1]
+
+
+def rows(name: str) -> list[list[str]]:
+    """The cells of a generated table in README.md, without head and rule."""
+    text = (ROOT / "README.md").read_text()
+    block = text.partition(f"<!-- {name}:begin -->")[2].partition(f"<!-- {name}:end -->")[0]
+    return [[c.strip() for c in line.strip("|").split("|")] for line in block.splitlines() if line.startswith("|")][2:]
+
+
+def test_the_results_table_holds_medians_of_the_records() -> None:
+    values: dict[tuple[str, str, str], list[float]] = {}
+    for r in load_records(ROOT / "eval" / "digits" / "results.json"):
+        values.setdefault((r.subject.split(" #")[0], str(r.steps), r.metric), []).append(r.value)
+    table = rows("table")
+    assert len(table) >= 10
+    for subject, steps, _, seeds, fd, pix, precision, *_ in table:
+        for metric, cell, digits in (("fd", fd, 3), ("pix", pix, 3), ("precision", precision, 1)):
+            stored = values[subject, steps, metric]
+            assert len(stored) == int(seeds)
+            assert cell.split()[0] == f"{statistics.median(stored):.{digits}f}"
+
+
+def test_students_have_at_least_three_training_seeds() -> None:
+    for subject, _, _, seeds, *_ in rows("table"):
+        assert subject == "teacher" or int(seeds) >= 3
+
+
+def test_the_overhead_table_holds_the_records() -> None:
+    stored = json.loads((ROOT / "eval" / "overhead.json").read_text())["rows"]
+    table = rows("overhead")
+    assert len(table) == len(stored) > 0
+    for row, cells in zip(stored, table, strict=True):
+        assert cells[0] == row["recipe"] and float(cells[5]) == round(row["ratio"], 3)
