@@ -42,6 +42,7 @@ class Arguments:
 
     recipes: tuple[str, ...] = (
         "digits_quickstart_1step",
+        "digits_quickstart_1step/no-gan",
         "digits_quickstart_4step",
         "digits_dmd2",
         "digits_dmd2/no-gan",
@@ -156,7 +157,7 @@ def main(given: Arguments) -> None:
         put_into_readme("table", table(records))
     print(table(records))
     quality_plot([r for r in medians(records) if r.metric in METRICS], given.out / "quality.svg")
-    quick = [name for name in given.recipes if "quickstart" in name]
+    quick = [name for name in given.recipes if "quickstart" in name and "/" not in name]
     students = [(name, load_student(given.runs / name / f"seed{given.seeds[0]}" / "pipeline")) for name in quick]
     if students:
         grids = side_by_side(students, opened, teacher)
