@@ -59,9 +59,13 @@ def quickstart(out: Path, *, resume: bool = False, seed: int = 0) -> list[Record
                 process.terminate()
             raise
     four_done = distill(four, four_out, resume=True)  # it is finished: this loads it
-    torch.set_num_threads(os.cpu_count() or 1)  # training wants one thread, sampling in large batches all of them
     runs = [("student, 1 step", one, one_done), ("student, 4 steps", four, four_done)]
-    records = evaluate_and_report(runs, out, title="Digits in one and four steps")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)  # training wants one thread, sampling in large batches all of them
+    try:
+        records = evaluate_and_report(runs, out, title="Digits in one and four steps")
+    finally:
+        torch.set_num_threads(threads)
     print(markdown_table(records, TABLE))
     print(f"report: {out / 'report' / 'index.html'}")
     print(f"done in {time.monotonic() - start:.0f} s; load the one-step student with:\n")
