@@ -26,7 +26,7 @@ _LISTED: WeakKeyDictionary[nn.Module, tuple[list[nn.Parameter], list[torch.Tenso
 
 
 def listed(net: nn.Module) -> tuple[list[nn.Parameter], list[torch.Tensor]]:
-    """A network's parameters and buffers, walked once: the walk costs a tenth of a small network's update.
+    """A network's parameters and buffers, walked once: for small networks the walk is a sizeable part of an update.
 
     Whoever gives a network other parameters (adapters, say) does so before it is first trained.
     """
