@@ -47,15 +47,15 @@ def new_discriminator(opened: Opened, heads: Heads, nets: Nets) -> Discriminator
     Raises:
         ValueError: if a tap is no submodule, or its channels are not known from the family.
     """
-    known = dict(opened.family.taps(opened.denoiser.net))
-    taps = heads.taps or tuple(known)
-    unknown = [tap for tap in taps if tap not in known]
+    known = {tap.name: tap for tap in opened.family.taps(opened.denoiser.net)}
+    names = heads.taps or tuple(known)
+    unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"heads.taps: {unknown[0]!r} is none of the family's features: {', '.join(known)}")
     if heads.backbone == "critic" and "critic" not in nets:
         raise ValueError("heads.backbone: 'critic', but the objective has no critic; use 'teacher'")
     backbone = nets.critic if heads.backbone == "critic" else nets.teacher.denoiser
-    return Discriminator(backbone, taps, [known[tap] for tap in taps], heads.width)
+    return Discriminator(backbone, [known[name] for name in names], heads.width)
 
 
 def computing_in(opened: Opened, dtype: str) -> Opened:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import torch
 import tyro
+from diffusers import DDIMScheduler
 from diffusers.utils.logging import disable_progress_bar
 
 from stepdistill.build import open_teacher
@@ -24,9 +25,9 @@ from stepdistill.evaluation.digits import DigitsEvaluator
 from stepdistill.evaluation.features import to_uint8
 from stepdistill.evaluation.records import markdown_table, save_records
 from stepdistill.evaluation.report import save_grid
-from stepdistill.export import load_lines, load_student
+from stepdistill.export import load_lines, load_student, stand_in
 from stepdistill.models.denoiser import Guided
-from stepdistill.models.families.base import FAMILIES
+from stepdistill.models.families import family_for
 from stepdistill.objective import registered
 from stepdistill.quickstart import TABLE, quickstart
 from stepdistill.recipe import Evaluation, Recipe, Teacher, suggest
@@ -162,13 +163,14 @@ def _sample(args: list[str]) -> None:
         raise ValueError(f"--seed must lie in [0, 2^31); got {given.seed}")
     _check_writable(given.out)
     student = load_student(folder)
-    family = FAMILIES[type(student.net).__name__]
+    pipeline = stand_in(student.net, DDIMScheduler())
+    family = family_for(student.net, pipeline.scheduler)
     columns = given.labels or _known_labels(folder, student)[:10]
     if _null_label(folder) in columns:
         raise ValueError(f"--labels: {_null_label(folder)} is the null label, which stands for no class")
     n = given.rows * (len(columns) or 10)
     cond = family.cond(student.net, {"labels": torch.tensor(columns * given.rows)} if columns else {})
-    samples = student.sample((n, *family.sample_shape(student.net)), cond, steps=given.steps, seed=given.seed)
+    samples = student.sample((n, *family.sample_shape(pipeline, None)), cond, steps=given.steps, seed=given.seed)
     save_grid(given.out, to_uint8(samples), columns=len(columns) or 10)
     of = f" of classes {', '.join(map(str, columns))}" if columns else ""
     print(f"wrote {given.out}: {given.rows} rows{of}")

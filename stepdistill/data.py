@@ -22,6 +22,7 @@ from stepdistill.checkpoint import write_atomically
 from stepdistill.logging import Progress
 from stepdistill.models.denoiser import Cond, Guided
 from stepdistill.models.families import Opened
+from stepdistill.models.lora import bare_state
 from stepdistill.objective import Batch, Step
 from stepdistill.sampling import DpmPP2M, Sampler, trailing
 
@@ -253,9 +254,9 @@ def _epochs(size: int, batch: int, seed: int) -> Callable[[int], Tensor]:
 
 
 def weights_hash(net: nn.Module) -> str:
-    """SHA-256 over a network's parameters and buffers."""
+    """SHA-256 over a network's parameters and buffers, adapters left aside."""
     digest = hashlib.sha256()
-    for name, value in net.state_dict().items():
+    for name, value in bare_state(net).items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

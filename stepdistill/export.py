@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,16 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
-from diffusers import DDIMScheduler, LCMScheduler, SchedulerMixin, TCDScheduler
+from diffusers import DDIMPipeline, DDIMScheduler, LCMScheduler, SchedulerMixin, TCDScheduler
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from stepdistill.models.families.base import FAMILIES, Opened
+from stepdistill.models.families.base import FAMILIES, Opened, family_for
 from stepdistill.paths import project_dir
 from stepdistill.sampling import Ddim, Renoise, Sampler, Tcd, trailing
-from stepdistill.schedule import DiscreteVP, Schedule
+from stepdistill.stock import even_timesteps, same_table, stock_scheduler
 from stepdistill.student import Student
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -34,8 +32,6 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 _NET_CLASS = "UNet2DModel"
 _PIPELINE_FILE = "class_conditional.py"  # in pipelines/; the folder's copy is pipeline.py, where diffusers looks for it
 _SCHEDULERS = {s.__name__: s for s in (DDIMScheduler, LCMScheduler, TCDScheduler)}
-_PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # those that all three schedulers can rebuild
 _AS_SAMPLED = {"clip_sample": False, "thresholding": False, "set_alpha_to_one": True}  # ``Sampler`` clips nothing
 
 
@@ -52,7 +48,7 @@ def check_exportable(student: Student, opened: Opened) -> None:
     net = student.net
     if type(net).__name__ != _NET_CLASS:
         raise ValueError(f"the student's network is a {type(net).__name__}; export writes {_NET_CLASS} only")
-    _scheduler(student, opened, net.config.num_class_embeds is not None)
+    stock_scheduler(student, opened)
 
 
 def save_pipeline(
@@ -88,7 +84,7 @@ def save_pipeline(
         if not bool(value.isfinite().all()):
             raise ValueError(f"weight {name} of the student is not finite; export an earlier checkpoint")
     conditional = net.config.num_class_embeds is not None
-    scheduler = _scheduler(student, opened, conditional)
+    scheduler = stock_scheduler(student, opened)
     code = project_dir("pipelines") / _PIPELINE_FILE
     index = _index(student, opened, scheduler, conditional)
     lines = _sampling_lines(path.name, conditional, student.sampler.steps)
@@ -147,76 +143,23 @@ def load_student(path: str | Path, *, opened: Opened | None = None) -> Student:
         raise ValueError(
             f"{path / 'model_index.json'}: no family for {net_class}; known: {', '.join(sorted(FAMILIES))}"
         )
-    family = FAMILIES[net_class]
     net = _load_net(path / "unet", net_class)
+    family = family_for(net, scheduler)
     schedule = family.schedule(scheduler)
     sampler = Sampler(trailing(steps), _rule(scheduler, index))
     student = Student(sampler, net.eval(), schedule, family.kind(scheduler), family.call(scheduler))
     if opened is not None:
-        theirs, teacher = family.sample_shape(net), opened.denoiser
+        theirs, teacher = family.sample_shape(stand_in(net, scheduler), None), opened.denoiser
         if theirs != opened.sample_shape:
             raise ValueError(f"{path}: samples of shape {theirs}, but the teacher's are {opened.sample_shape}")
         if net.config.num_class_embeds != teacher.net.config.num_class_embeds:
             raise ValueError(f"{path}: class labels differ from the teacher's; it was distilled from another one")
-        if not _same_table(schedule, teacher.schedule):
+        if not same_table(schedule, teacher.schedule):
             raise ValueError(f"{path}: noise table differs from the teacher's; it was distilled from another one")
     return student
 
 
 # Rules and schedulers
-
-
-def _scheduler(student: Student, opened: Opened, conditional: bool) -> SchedulerMixin:
-    """The stock scheduler that goes the student's way."""
-    sampler, table = student.sampler, student.schedule
-    if not isinstance(table, DiscreteVP):
-        raise ValueError(f"the student's schedule is {type(table).__name__}; export knows DiscreteVP only")
-    if student.kind not in _PREDICTION_TYPES:
-        raise ValueError(f"the student predicts {student.kind}; VP schedulers know {', '.join(_PREDICTION_TYPES)}")
-    k, n, rule = sampler.steps, table.n, sampler.rule
-    even = all(math.isclose(a, b, abs_tol=1e-9) for a, b in zip(sampler.times, trailing(k), strict=True))
-    if not even or n % k:
-        divisors = ", ".join(str(d) for d in range(1, 11) if n % d == 0)
-        raise ValueError(
-            f"times {[round(t, 4) for t in sampler.times]}: stock schedulers go in even steps from pure noise, as many "
-            f"as divide their {n} timesteps; train on trailing(K) with K such as {divisors}"
-        )
-
-    teacher = opened.pipeline.scheduler
-    named = teacher.config.beta_schedule in _BETA_SCHEDULES
-    config: dict[str, Any] = {
-        "num_train_timesteps": n,
-        "beta_start": teacher.config.beta_start,
-        "beta_end": teacher.config.beta_end,
-        "beta_schedule": teacher.config.beta_schedule if named else "linear",
-        "trained_betas": teacher.config.trained_betas if named else teacher.betas.tolist(),
-        "rescale_betas_zero_snr": teacher.config.get("rescale_betas_zero_snr", False),  # older schedulers lack the key
-        "prediction_type": _PREDICTION_TYPES[student.kind],
-        "set_alpha_to_one": True,
-        "clip_sample": False,
-    }
-    if not conditional and k == 1 and isinstance(rule, Renoise | Tcd):
-        rule = Ddim()  # in one step all three are the clean estimate, and DDIM has a stock pipeline
-    if isinstance(rule, Ddim):
-        scheduler = DDIMScheduler(**config, timestep_spacing="trailing")
-    elif isinstance(rule, Renoise | Tcd) and not conditional:
-        raise ValueError(f"rule {rule}: no stock pipeline samples without classes so; use Ddim(), or one step")
-    elif isinstance(rule, Renoise) and k < n:
-        # the scaling makes LCM's c_skip = 0.25 / (0.25 + (scaling t)^2) vanish; its default of 10 leaves 7e-6 at t = 19
-        scheduler = LCMScheduler(**config, original_inference_steps=k, timestep_scaling=1e4)
-    elif isinstance(rule, Tcd):
-        if k > 1 and rule.gamma > 0 and rule.table != n:
-            raise ValueError(f"rule {rule}: TCDScheduler rounds to its {n} timesteps; train with table={n}")
-        scheduler = TCDScheduler(**config, original_inference_steps=k)
-    else:
-        raise ValueError(f"rule {rule} in {k} steps: no stock scheduler does that; use Ddim(), Renoise() or Tcd()")
-    if not _same_table(DiscreteVP(scheduler.alphas_cumprod), table):
-        raise ValueError(
-            f"{type(teacher).__name__}: its noise table cannot be rebuilt from its config; use DDIMScheduler"
-        )
-    if not conditional:
-        scheduler.register_to_config(_trained_steps=[k])  # DDIMPipeline has no place for it; "_" keys pass unnoticed
-    return scheduler
 
 
 def _rule(scheduler: SchedulerMixin, index: dict[str, Any]) -> Ddim | Renoise | Tcd:
@@ -226,17 +169,6 @@ def _rule(scheduler: SchedulerMixin, index: dict[str, Any]) -> Ddim | Renoise | 
         return Renoise()
     gamma = index.get("gamma")
     return Tcd(0.3 if gamma is None else gamma, scheduler.config.num_train_timesteps)  # 0.3: TCDScheduler.step's own
-
-
-def _same_table(a: Schedule, b: Schedule) -> bool:
-    if not (isinstance(a, DiscreteVP) and isinstance(b, DiscreteVP)) or a.n != b.n:
-        return False
-    t = torch.arange(a.n + 1, dtype=torch.float64) / a.n
-    return torch.allclose(a(t).alpha, b(t).alpha, rtol=0, atol=1e-6)
-
-
-def _even_timesteps(steps: int, n: int) -> list[int]:
-    return [n * (steps - i) // steps - 1 for i in range(steps)]
 
 
 # What stands in the folder
@@ -281,7 +213,7 @@ def _sampling_lines(where: str, conditional: bool, steps: int) -> str:
 def _card(student: Student, scheduler: SchedulerMixin, lines: str, teacher: str, method: str | None) -> str:
     k, rule = student.sampler.steps, student.sampler.rule
     conditional = student.net.config.num_class_embeds is not None
-    timesteps = ", ".join(str(t) for t in _even_timesteps(k, scheduler.config.num_train_timesteps))
+    timesteps = ", ".join(str(t) for t in even_timesteps(k, scheduler.config.num_train_timesteps))
     steps = f"{k} step{'s' * (k > 1)}"
     if conditional:
         note = (
@@ -441,10 +373,15 @@ def _trained_steps(path: Path, index: dict[str, Any], scheduler: SchedulerMixin)
         scheduler.set_timesteps(steps)
     except ValueError as error:
         raise ValueError(f"{file}: {error}; export the student again") from error
-    found, wanted = scheduler.timesteps.tolist(), _even_timesteps(steps, n)
+    found, wanted = scheduler.timesteps.tolist(), even_timesteps(steps, n)
     if found != wanted:
         raise ValueError(f"{file}: yields timesteps {found}, not the trained {wanted}; export the student again")
     return steps
+
+
+def stand_in(net: nn.Module, scheduler: SchedulerMixin) -> DDIMPipeline:
+    """A pipeline object around a network whose own pipeline's code is not run."""
+    return DDIMPipeline(net, scheduler)
 
 
 def _load_net(folder: Path, net_class: str) -> nn.Module:

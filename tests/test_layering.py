@@ -18,6 +18,7 @@ LAYERS = (
     "models",
     "sampling",
     "student",
+    "stock",
     "testing",
     "objective",
     "parts",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from stepdistill.models.denoiser import Denoiser, Guided
 from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.nets import Nets
+from stepdistill.models.taps import Tap
 from stepdistill.objective import Batch, Objective, Step
 from stepdistill.objectives import CD, DMD2, KD
 from stepdistill.parts.gan import Gan
@@ -53,7 +54,7 @@ def trainer_of(
     if "critic" in movers:
         nets["critic"] = Denoiser(Net(), teacher.schedule, teacher.kind)
     if "disc" in movers:
-        nets["disc"] = Discriminator(nets.critic if backbone == "critic" else teacher, ["first"], [8], 8)
+        nets["disc"] = Discriminator(nets.critic if backbone == "critic" else teacher, [Tap("first", 8)], 8)
     optimizers = {name: AdamW().build(nets[name].parameters()) for name in movers}
     return Trainer(nets, objective, optimizers, batches, Run())
 

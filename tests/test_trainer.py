@@ -20,6 +20,7 @@ from stepdistill.logging import MetricsFile
 from stepdistill.models.denoiser import Denoiser, Guided
 from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.nets import Nets, only_trains, update_average
+from stepdistill.models.taps import Tap
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn
 from stepdistill.objectives import CD, DMD2, KD, LADD, TSCD
 from stepdistill.parts.gan import Gan
@@ -73,7 +74,7 @@ def players(objective: Objective, guidance: float = 1.0, sampler: Sampler = ONE_
     if "critic" in movers:
         nets["critic"] = Denoiser(Net(), teacher.schedule, teacher.kind)  # as the teacher it would pull nowhere
     if "disc" in movers:
-        nets["disc"] = Discriminator(teacher, ["body"], [16], 8)
+        nets["disc"] = Discriminator(teacher, [Tap("body", 16)], 8)
     return nets
 
 

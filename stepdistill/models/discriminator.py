@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from stepdistill.models.denoiser import Cond, Denoiser
-from stepdistill.models.taps import tapped
+from stepdistill.models.lora import network_of
+from stepdistill.models.taps import Tap, tapped
 
 
 class Head(nn.Module):
@@ -43,21 +45,27 @@ class Discriminator(nn.Module):
 
     Args:
         backbone: the denoiser whose features are read.
-        taps: its submodules, as the network's ``named_modules`` spells them.
-        channels: feature channels at each tap.
+        taps: the features to read; a family's row lists some.
         width: channels inside each head.
     """
 
-    def __init__(self, backbone: Denoiser, taps: Sequence[str], channels: Sequence[int], width: int = 64):
+    def __init__(self, backbone: Denoiser, taps: Sequence[Tap], width: int = 64):
         super().__init__()
         self._backbone = (backbone,)  # in a tuple: not a submodule
         self.taps = tuple(taps)
-        self.heads = nn.ModuleList(Head(c, width) for c in channels)
+        self.heads = nn.ModuleList(Head(tap.channels, width) for tap in taps)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
-        """Tapped features of noised samples ``x_t`` (B, ...) at times ``t`` (B,); the layers behind are not run."""
+        """Tapped feature maps (B, C, H, W) of noised samples ``x_t`` (B, ...) at times ``t`` (B,).
+
+        The layers behind the last tap are not run. Tokens are laid out as their patches lie; frames stand side by side.
+        """
         (backbone,) = self._backbone
-        return tapped(backbone.net, self.taps, lambda: backbone(x_t, t, cond, want=backbone.kind))
+        names, outputs = [tap.name for tap in self.taps], [tap.output for tap in self.taps]
+        found = tapped(
+            network_of(backbone.net), names, lambda: backbone(x_t, t, cond, want=backbone.kind), outputs=outputs
+        )
+        return [_map_of(features, tap, x_t) for features, tap in zip(found, self.taps, strict=True)]
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Logits (B, L), all heads' positions side by side."""
@@ -66,3 +74,14 @@ class Discriminator(nn.Module):
     def judge(self, features: Sequence[Tensor]) -> Tensor:
         """Logits (B, L) of features computed before, in float32 whatever the backbone's arithmetic."""
         return torch.cat([head(f.float()) for head, f in zip(self.heads, features, strict=True)], 1)
+
+
+def _map_of(features: Tensor, tap: Tap, x_t: Tensor) -> Tensor:
+    """What a tap gives, as a map (B, C, H, W)."""
+    if tap.tokens:  # (B, L, C): patches of side p in raster order, of each frame in turn
+        patch = round((math.prod(x_t.shape[2:]) / features.shape[1]) ** 0.5)
+        width = x_t.shape[-1] // patch
+        return features.transpose(1, 2).unflatten(2, (-1, width))
+    if len(features) != len(x_t):  # frames in the batch: (B T, C, H, W)
+        return features.unflatten(0, (len(x_t), -1)).transpose(1, 2).flatten(2, 3)
+    return features

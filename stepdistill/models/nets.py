@@ -38,14 +38,13 @@ def listed(net: nn.Module) -> tuple[list[nn.Parameter], list[torch.Tensor]]:
 @contextmanager
 def only_trains(nets: Nets, moves: tuple[str, ...]) -> Iterator[list[nn.Parameter]]:
     """Within the block the parameters of ``moves`` require gradients and nobody else's do; yields those parameters."""
-    moved = []
-    for name, net in nets.items():
-        params, _ = listed(net)
-        moving = name in moves
-        for p in params:
-            p.requires_grad_(moving)
-        if moving:
-            moved += params
+    for net in nets.values():
+        for p in listed(net)[0]:
+            p.requires_grad_(False)
+    # second, since roles on one network are among the parameters of its owner
+    moved = [p for name in moves for p in listed(nets[name])[0]]
+    for p in moved:
+        p.requires_grad_(True)
     yield moved
 
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from stepdistill.models.denoiser import Denoiser, Guided
 from stepdistill.models.discriminator import Discriminator, Head
 from stepdistill.models.nets import Nets, only_trains
-from stepdistill.models.taps import tapped
+from stepdistill.models.taps import Tap, tapped
 from stepdistill.schedule import RectifiedFlow
 
 
@@ -134,7 +134,7 @@ def test_gradients_flow_through_taps_to_sample_and_parameters() -> None:
 
 def discriminator() -> tuple[Discriminator, Denoiser]:
     backbone = Denoiser(Net(), RectifiedFlow(), "velocity")
-    return Discriminator(backbone, ("first", "third"), (4, 8), width=5), backbone
+    return Discriminator(backbone, (Tap("first", 4), Tap("third", 8)), width=5), backbone
 
 
 def test_a_discriminator_owns_its_heads_and_nothing_of_the_backbone() -> None:
@@ -214,6 +214,6 @@ def test_a_critic_as_backbone_is_trained_where_its_turn_says_so() -> None:
 
 def test_a_number_of_channels_that_does_not_match_the_taps_is_an_error() -> None:
     backbone = Denoiser(Net(), RectifiedFlow(), "velocity")
-    disc = Discriminator(backbone, ("first", "third"), (4,))
-    with pytest.raises(ValueError, match="zip"):
+    disc = Discriminator(backbone, (Tap("first", 4), Tap("third", 4)))
+    with pytest.raises(RuntimeError, match="channels"):
         disc(*inputs(), {})

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from stepdistill.models.denoiser import Denoiser, Guided
 from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.nets import Nets
+from stepdistill.models.taps import Tap
 from stepdistill.objective import Batch, Step
 from stepdistill.objectives import LADD
 from stepdistill.parts.gan import Gan
@@ -82,7 +83,7 @@ def digits_like_nets() -> Nets:
     nets = Nets()
     nets["teacher"] = Guided(Denoiser(net, schedule, "v", call))
     nets["student"] = Student(Sampler(trailing(1), Ddim()), other, schedule, "v", call)
-    nets["disc"] = Discriminator(nets.teacher.denoiser, ("down_blocks.0", "mid_block"), (8, 8), width=8)
+    nets["disc"] = Discriminator(nets.teacher.denoiser, (Tap("down_blocks.0", 8), Tap("mid_block", 8)), width=8)
     return nets
 
 

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from stepdistill.functional.gan import disc_loss, student_loss
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import Discriminator
+from stepdistill.models.taps import Tap
 from stepdistill.objective import Step
 from stepdistill.parts.gan import Gan
 from stepdistill.parts.times import OnGrid, Uniform
@@ -121,7 +122,7 @@ def test_a_real_discriminator_teaches_the_student_and_learns_itself() -> None:
             return self.out(self.mid(x_t))
 
     teacher = Denoiser(Net(), SCHEDULE, "velocity").requires_grad_(False)
-    disc = Discriminator(teacher, ("mid",), (4,), width=16)
+    disc = Discriminator(teacher, (Tap("mid", 4),), width=16)
     gan = Gan(loss="softplus", times=Uniform(0.0, 0.3))
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(disc.parameters(), lr=3e-3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stepdistill.models.families import unet2d
-from stepdistill.models.families.base import Family, Opened, family_of, open_pipeline
+from stepdistill.models.families import sd, sd3, unet2d
+from stepdistill.models.families.base import Family, Opened, Size, Tap, family_for, family_of, open_pipeline
 
-__all__ = ["Family", "Opened", "family_of", "open_pipeline", "unet2d"]
+__all__ = ["Family", "Opened", "Size", "Tap", "family_for", "family_of", "open_pipeline", "sd", "sd3", "unet2d"]

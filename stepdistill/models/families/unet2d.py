@@ -10,7 +10,17 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
 from stepdistill.models.denoiser import Call, Cond
-from stepdistill.models.families.base import Family, add_family, table_index, vp_kind, vp_schedule
+from stepdistill.models.families.base import (
+    Family,
+    Size,
+    Tap,
+    add_family,
+    pixels,
+    refuse_prompt,
+    table_index,
+    vp_kind,
+    vp_schedule,
+)
 
 
 def _call(scheduler: SchedulerMixin) -> Call:
@@ -36,30 +46,45 @@ def _cond(net: nn.Module, given: Mapping[str, Any]) -> Cond:
     return {"class_labels": labels}
 
 
-def _null(pipeline: DiffusionPipeline) -> Cond | None:
+def _null(pipeline: DiffusionPipeline, negative: str, size: Size | None) -> Cond | None:
+    refuse_prompt(pipeline, negative)
     label = pipeline.config.get("null_label")  # a key of other pipelines' configs, so it may be absent
     return None if label is None else {"class_labels": torch.tensor([label])}
 
 
 def _examples(pipeline: DiffusionPipeline, n: int) -> Cond:
-    classes, null = pipeline.unet.config.num_class_embeds, _null(pipeline)
+    classes, null = pipeline.unet.config.num_class_embeds, _null(pipeline, "", None)
     if classes is None:
         return {}
     known = torch.tensor([c for c in range(classes) if null is None or c != null["class_labels"]])
     return {"class_labels": known[torch.arange(n) % len(known)]}
 
 
-def _sample_shape(net: nn.Module) -> tuple[int, ...]:
-    size = net.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return net.config.in_channels, height, width
+def _sample_shape(pipeline: DiffusionPipeline, size: Size | None) -> tuple[int, ...]:
+    config = pipeline.unet.config
+    side = config.sample_size
+    default = (side, side) if isinstance(side, int) else tuple(side)
+    return config.in_channels, *pixels(pipeline, size, default, 2 ** (len(config.block_out_channels) - 1))
 
 
-def _taps(net: nn.Module) -> tuple[tuple[str, int], ...]:
-    down = tuple((f"down_blocks.{i}", c) for i, c in enumerate(net.config.block_out_channels))
-    return (*down, ("mid_block", net.config.block_out_channels[-1]))
+def _taps(net: nn.Module) -> tuple[Tap, ...]:
+    down = tuple(Tap(f"down_blocks.{i}", c) for i, c in enumerate(net.config.block_out_channels))
+    return (*down, Tap("mid_block", net.config.block_out_channels[-1]))
 
 
 UNET2D = add_family(
-    Family("unet2d", "UNet2DModel", "unet", vp_schedule, vp_kind, _call, _cond, _null, _examples, _sample_shape, _taps)
+    Family(
+        name="unet2d",
+        net_class="UNet2DModel",
+        module="unet",
+        schedule=vp_schedule,
+        kind=vp_kind,
+        call=_call,
+        cond=_cond,
+        null=_null,
+        examples=_examples,
+        sample_shape=_sample_shape,
+        taps=_taps,
+        lora_targets=("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shortcut", "time_emb_proj"),
+    )
 )

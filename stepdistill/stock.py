@@ -1,0 +1,154 @@
+"""Stock diffusers schedulers that go a student's way: their config alone yields the trained timesteps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, SchedulerMixin, TCDScheduler
+
+from stepdistill.models.families.base import Opened
+from stepdistill.sampling import Ddim, Renoise, Tcd, trailing
+from stepdistill.schedule import DiscreteVP, RectifiedFlow, Schedule
+from stepdistill.student import Student
+
+PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # those that all three VP schedulers can rebuild
+
+
+def stock_scheduler(student: Student, opened: Opened) -> SchedulerMixin:
+    """The stock scheduler that samples in ``opened``'s pipeline as the student samples here.
+
+    Args:
+        student: its sampler, schedule and kind.
+        opened: the teacher.
+
+    Raises:
+        ValueError: if there is none; names the cure.
+    """
+    if isinstance(student.schedule, DiscreteVP):
+        scheduler = _vp(student, opened)
+    elif isinstance(student.schedule, RectifiedFlow):
+        scheduler = _flow(student, opened)
+    else:
+        name = type(student.schedule).__name__
+        raise ValueError(f"the student's schedule is {name}; export knows DiscreteVP and RectifiedFlow")
+    if not has_own_pipeline(opened):
+        # these pipelines have no place for it; "_" keys pass unnoticed
+        scheduler.register_to_config(_trained_steps=[student.sampler.steps])
+    return scheduler
+
+
+def has_own_pipeline(opened: Opened) -> bool:
+    """Whether the export carries pipelines/class_conditional.py, for want of a stock class."""
+    return opened.family.name == "unet2d" and opened.denoiser.net.config.num_class_embeds is not None
+
+
+def _vp(student: Student, opened: Opened) -> SchedulerMixin:
+    sampler, table = student.sampler, student.schedule
+    if student.kind not in PREDICTION_TYPES:
+        raise ValueError(f"the student predicts {student.kind}; VP schedulers know {', '.join(PREDICTION_TYPES)}")
+    k, n, rule = sampler.steps, table.n, sampler.rule
+    even = all(math.isclose(a, b, abs_tol=1e-9) for a, b in zip(sampler.times, trailing(k), strict=True))
+    if not even or n % k:
+        divisors = ", ".join(str(d) for d in range(1, 11) if n % d == 0)
+        raise ValueError(
+            f"times {[round(t, 4) for t in sampler.times]}: stock schedulers go in even steps from pure noise, as many "
+            f"as divide their {n} timesteps; train on trailing(K) with K such as {divisors}"
+        )
+    plain = opened.family.name == "unet2d" and not has_own_pipeline(opened)  # a DDIMPipeline
+    if plain and k == 1 and isinstance(rule, Renoise | Tcd):
+        rule = Ddim()  # in one step all three are the clean estimate, and DDIM has a stock pipeline
+    config = _vp_config(student, opened.pipeline.scheduler)
+    if isinstance(rule, Ddim):
+        scheduler = DDIMScheduler(**config, timestep_spacing="trailing")
+    elif isinstance(rule, Renoise | Tcd) and plain:
+        raise ValueError(f"rule {rule}: no stock pipeline samples without classes so; use Ddim(), or one step")
+    elif isinstance(rule, Renoise) and k < n:
+        # the scaling makes LCM's c_skip = 0.25 / (0.25 + (scaling t)^2) vanish; its default of 10 leaves 7e-6 at t = 19
+        scheduler = LCMScheduler(**config, original_inference_steps=k, timestep_scaling=1e4)
+    elif isinstance(rule, Tcd):
+        if k > 1 and rule.gamma > 0 and rule.table != n:
+            raise ValueError(f"rule {rule}: TCDScheduler rounds to its {n} timesteps; train with table={n}")
+        scheduler = TCDScheduler(**config, original_inference_steps=k)
+    else:
+        raise ValueError(f"rule {rule} in {k} steps: no stock scheduler does that; use Ddim(), Renoise() or Tcd()")
+    if not same_table(DiscreteVP(scheduler.alphas_cumprod), table):
+        name = type(opened.pipeline.scheduler).__name__
+        raise ValueError(f"{name}: its noise table cannot be rebuilt from its config; use DDIMScheduler")
+    return scheduler
+
+
+def _vp_config(student: Student, teacher: SchedulerMixin) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "num_train_timesteps": student.schedule.n,
+        "prediction_type": PREDICTION_TYPES[student.kind],
+        "set_alpha_to_one": True,
+        "clip_sample": False,
+    }
+    own = teacher.config
+    named = (
+        own.beta_schedule in _BETA_SCHEDULES and "snr_shift_scale" not in own
+    )  # CogVideoX bends its table afterwards
+    if not named:
+        table = teacher.alphas_cumprod.double().cpu()
+        betas = 1 - table / torch.cat([torch.ones(1, dtype=table.dtype), table[:-1]])
+        return config | {"beta_schedule": "linear", "trained_betas": betas.tolist()}
+    return config | {
+        "beta_start": own.beta_start,
+        "beta_end": own.beta_end,
+        "beta_schedule": own.beta_schedule,
+        "trained_betas": own.trained_betas,
+        "rescale_betas_zero_snr": own.get("rescale_betas_zero_snr", False),  # older schedulers lack the key
+    }
+
+
+def _flow(student: Student, opened: Opened) -> SchedulerMixin:
+    sampler = student.sampler
+    times, k, rule = sampler.times, sampler.steps, sampler.rule
+    if not isinstance(rule, Ddim | Renoise):
+        raise ValueError(f"rule {rule}: no stock flow scheduler does that; use Ddim() (Euler's step) or Renoise()")
+    # u = 1, 1 - 1/K, ... by pipelines that pass sigmas; the others go evenly down to the bottom of the table, which
+    # shift_terminal lifts to the trained last time
+    passes = opened.family.passes_sigmas
+    shift = 1.0
+    if passes and k > 1:
+        u = 1 - 1 / k
+        shift = times[1] * (1 - u) / (u * (1 - times[1]))
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=opened.pipeline.scheduler.config.num_train_timesteps,
+        shift=round(shift, 9),
+        shift_terminal=None if passes or k == 1 else times[-1],
+        stochastic_sampling=isinstance(rule, Renoise),
+    )
+    found = flow_times(scheduler, k, passes)
+    if not np.allclose(found, times, rtol=0, atol=1e-5):
+        raise ValueError(
+            f"times {[round(t, 4) for t in times]}: {type(opened.pipeline).__name__} would sample at "
+            f"{[round(t, 4) for t in found]}; train on trailing({k})"
+        )
+    return scheduler
+
+
+def flow_times(scheduler: FlowMatchEulerDiscreteScheduler, steps: int, passes_sigmas: bool) -> list[float]:
+    """The times at which a pipeline with this scheduler calls its network."""
+    if passes_sigmas:
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
+    else:
+        scheduler.set_timesteps(steps)
+    return (scheduler.timesteps / scheduler.config.num_train_timesteps).tolist()
+
+
+def same_table(a: Schedule, b: Schedule) -> bool:
+    """Whether two VP tables are one, to rounding."""
+    if not (isinstance(a, DiscreteVP) and isinstance(b, DiscreteVP)) or a.n != b.n:
+        return False
+    t = torch.arange(a.n + 1, dtype=torch.float64) / a.n
+    return torch.allclose(a(t).alpha, b(t).alpha, rtol=0, atol=1e-6)
+
+
+def even_timesteps(steps: int, n: int) -> list[int]:
+    """Trailing timesteps of an ``n``-entry table."""
+    return [n * (steps - i) // steps - 1 for i in range(steps)]

@@ -1,0 +1,1 @@
+"""Tiny pipelines of diffusers' and transformers' real classes, one file per family, each with a ``pipeline()``."""
