@@ -35,14 +35,60 @@ class Teacher:
     """Times between which guidance acts, as fractions."""
     custom_pipeline: str | None = None
     """File with the pipeline's class, where diffusers has none."""
+    guidance_range: tuple[float, float] | None = None
+    """A scale for each sample, uniform between these two, in place of ``guidance``."""
+    negative: str = ""
+    """The prompt that guidance leads away from."""
+    size: tuple[int, ...] = ()
+    """Pixels of samples: height and width, or frames, height and width; empty takes the pipeline's default."""
+    lora: str | None = None
+    """A LoRA of your own, file or folder, that belongs to the teacher: it is added to the pipeline's weights."""
+    lora_scale: float = 1.0
+    """Its strength."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        if self.guidance_range is not None and not 0 <= self.guidance_range[0] <= self.guidance_range[1] < math.inf:
+            raise ValueError(
+                f"teacher.guidance_range must be two scales that do not fall, from 0; got {list(self.guidance_range)}"
+            )
+        if any(side < 1 for side in self.size):
+            raise ValueError(f"teacher.size must be pixels; got {list(self.size)}")
         low, high = self.interval
         if not 0 <= low < high <= 1:
             raise ValueError(f"teacher.interval must be two rising fractions in [0, 1]; got {list(self.interval)}")
         if not 0 <= self.guidance < math.inf:
             raise ValueError(f"teacher.guidance must be at least 0, and 1 is none; got {self.guidance}")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How a network of the run is made out of the teacher's."""
+
+    form: Literal["full", "lora"] = "full"
+    """A copy with all weights free, or LoRA adapters on the teacher's own frozen network. All who are adapters share
+    that network: with both student and critic so, a run holds one network instead of three."""
+    rank: int = 16
+    """Of LoRA updates."""
+    alpha: float = 0.0
+    """Scale of LoRA updates is alpha / rank; 0 takes the rank."""
+    targets: tuple[str, ...] = ()
+    """Ends of the names of the layers that LoRA adapts; empty takes the family's."""
+    layers: int = 0
+    """Blocks of a transformer, or layers in each block of a UNet, kept of the teacher's, evenly spaced; 0 keeps all."""
+    told_guidance: bool = False
+    """Give a UNet the guidance scale as an input (LCM's omega): one student for all of ``teacher.guidance_range``."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1; got {self.rank}")
+        if not 0 <= self.alpha < math.inf:
+            raise ValueError(f"alpha must be above 0, or 0 for the rank's own value; got {self.alpha}")
+        if self.layers < 0:
+            raise ValueError(f"layers must be at least 1, or 0 for all; got {self.layers}")
+        if self.form == "lora" and (self.layers or self.told_guidance):
+            raise ValueError("a LoRA changes no network: layers and told_guidance need form 'full'")
 
 
 @dataclass(frozen=True)
@@ -95,6 +141,11 @@ class Recipe:
     sampler: Sampler = field(default_factory=Sampler)
     """The few-step sampler that the student is trained for and exported with."""
     run: Run = field(default_factory=Run)
+    student: Weights = field(default_factory=Weights)
+    critic: Weights = field(default_factory=Weights)
+    null_rate: float = 0.0
+    """Share of conditions replaced by the null condition: a student that has learned it too can be guided, and takes
+    negative prompts, as its teacher. Goes with ``teacher.guidance`` 1."""
     heads: Heads = field(default_factory=Heads)
     evaluation: Evaluation | None = None
     """None measures nothing."""
@@ -120,6 +171,15 @@ class Recipe:
             method = type(self.objective).__name__
             raise ValueError(f"heads.backbone is 'critic', and {method} has no critic; use 'teacher'")
         self.data.check(self.sampler)
+        if not 0 <= self.null_rate < 1:
+            raise ValueError(f"null_rate must lie in [0, 1); got {self.null_rate}")
+        guided = self.teacher.guidance != 1 or self.teacher.guidance_range is not None
+        if self.null_rate and guided:
+            raise ValueError("null_rate keeps guidance for inference, so teacher.guidance must be 1, without a range")
+        if self.student.told_guidance and self.teacher.guidance_range is None:
+            raise ValueError("student.told_guidance needs teacher.guidance_range, the scales it shall learn")
+        if self.warm_start is not None and self.warm_start.student.form == "full" and self.student.form == "lora":
+            raise ValueError("student.form is 'lora', and its warm start's is 'full'; let both be the same")
         if self.warm_start is not None and self.warm_start.teacher.source != self.teacher.source:
             raise ValueError(
                 f"warm_start.teacher.source must be this recipe's own, {self.teacher.source!r}; "

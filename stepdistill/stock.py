@@ -7,11 +7,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, SchedulerMixin, TCDScheduler
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    DDIMScheduler,
+    DDPMPipeline,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    SchedulerMixin,
+    TCDScheduler,
+)
 
 from stepdistill.models.families.base import Opened
-from stepdistill.sampling import Ddim, Renoise, Tcd, trailing
-from stepdistill.schedule import DiscreteVP, RectifiedFlow, Schedule
+from stepdistill.models.families.edm import is_edm
+from stepdistill.sampling import Ddim, Renoise, StepRule, Tcd, trailing
+from stepdistill.schedule import EDM, DiscreteVP, RectifiedFlow, Schedule
 from stepdistill.student import Student
 
 PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
@@ -32,9 +42,13 @@ def stock_scheduler(student: Student, opened: Opened) -> SchedulerMixin:
         scheduler = _vp(student, opened)
     elif isinstance(student.schedule, RectifiedFlow):
         scheduler = _flow(student, opened)
+    elif isinstance(student.schedule, EDM) and is_edm(opened.pipeline.scheduler):
+        scheduler = _edm(student, opened)
     else:
         name = type(student.schedule).__name__
-        raise ValueError(f"the student's schedule is {name}; export knows DiscreteVP and RectifiedFlow")
+        raise ValueError(
+            f"the student's schedule is {name}; export knows DiscreteVP, RectifiedFlow, and EDM of EDM's own pipelines"
+        )
     if not has_own_pipeline(opened):
         # these pipelines have no place for it; "_" keys pass unnoticed
         scheduler.register_to_config(_trained_steps=[student.sampler.steps])
@@ -88,13 +102,11 @@ def _vp_config(student: Student, teacher: SchedulerMixin) -> dict[str, Any]:
         "set_alpha_to_one": True,
         "clip_sample": False,
     }
-    own = teacher.config
-    named = (
-        own.beta_schedule in _BETA_SCHEDULES and "snr_shift_scale" not in own
-    )  # CogVideoX bends its table afterwards
-    if not named:
-        table = teacher.alphas_cumprod.double().cpu()
-        betas = 1 - table / torch.cat([torch.ones(1, dtype=table.dtype), table[:-1]])
+    own, table = teacher.config, teacher.alphas_cumprod.double().cpu()
+    bent = not torch.allclose((1 - teacher.betas.double().cpu()).cumprod(0), table, rtol=1e-3, atol=0)  # CogVideoX's
+    if bent or own.beta_schedule not in _BETA_SCHEDULES:
+        ratios = table / torch.cat([torch.ones(1, dtype=table.dtype), table[:-1]])
+        betas = 1 - ratios if bent else teacher.betas
         return config | {"beta_schedule": "linear", "trained_betas": betas.tolist()}
     return config | {
         "beta_start": own.beta_start,
@@ -139,6 +151,77 @@ def flow_times(scheduler: FlowMatchEulerDiscreteScheduler, steps: int, passes_si
     else:
         scheduler.set_timesteps(steps)
     return (scheduler.timesteps / scheduler.config.num_train_timesteps).tolist()
+
+
+def _edm(student: Student, opened: Opened) -> SchedulerMixin:
+    own, sampler = opened.pipeline.scheduler, student.sampler
+    consistency = isinstance(own, CMStochasticIterativeScheduler)
+    rule: type[StepRule] = Renoise if consistency else Ddim
+    if not isinstance(sampler.rule, rule) and (sampler.steps > 1 or not isinstance(sampler.rule, Ddim | Renoise | Tcd)):
+        raise ValueError(f"rule {sampler.rule}: no stock EDM scheduler does that here; use {rule.__name__}()")
+    sigmas = [t * student.schedule.t_max for t in sampler.times]
+    return _consistency(sigmas, own) if consistency else _euler(sigmas, opened)
+
+
+def _euler(sigmas: list[float], opened: Opened) -> EDMEulerScheduler:
+    if isinstance(opened.pipeline, DDPMPipeline):
+        raise ValueError("DDPMPipeline does not scale what its network is given, so it samples no EDM student rightly")
+    # it goes evenly in sigma^(1 / rho) down to its sigma_min; the network is told sigma alone, so both are free to fit
+    k, own = len(sigmas), opened.pipeline.scheduler.config
+    scheduler = EDMEulerScheduler.from_config(
+        own,
+        sigma_min=sigmas[-1] if k > 1 else own.sigma_min,
+        sigma_schedule="karras",
+        rho=_rho(sigmas[0], sigmas[-1], 1 / (k - 1), sigmas[1]) if k > 2 else own.rho,
+        final_sigmas_type="zero",
+    )
+    _check_sigmas(scheduler, sigmas)
+    return scheduler
+
+
+def _consistency(sigmas: list[float], own: SchedulerMixin) -> CMStochasticIterativeScheduler:
+    k, config = len(sigmas), own.config
+    nearest = 22 * config.sigma_min  # within 0.1 %: it re-noises to sqrt(sigma^2 - sigma_min^2)
+    if k > 1 and sigmas[-1] < nearest:
+        raise ValueError(
+            f"sigma {sigmas[-1]:.4g} of the last step: CMStochasticIterativeScheduler re-noises to less than sigma so "
+            f"close to its sigma_min = {config.sigma_min:g}; end at or above {nearest:g}"
+        )
+    scheduler = CMStochasticIterativeScheduler.from_config(config, clip_denoised=False)
+    try:
+        _check_sigmas(scheduler, sigmas)
+    except ValueError:
+        # not the teacher's own grid; with K + 1 entries its K steps are 1 / K of the way to sigma_min each
+        rho = _rho(config.sigma_max, config.sigma_min, 1 / k, sigmas[min(1, k - 1)])
+        scheduler = CMStochasticIterativeScheduler.from_config(
+            config, clip_denoised=False, num_train_timesteps=k + 1, rho=rho
+        )
+        _check_sigmas(scheduler, sigmas)
+    return scheduler
+
+
+def _check_sigmas(scheduler: SchedulerMixin, sigmas: list[float]) -> None:
+    try:
+        scheduler.set_timesteps(len(sigmas))
+        found = scheduler.sigmas[:-1].tolist()
+    except ValueError:  # more steps than it has entries
+        found = []
+    if len(found) != len(sigmas) or not np.allclose(found, sigmas, rtol=1e-4, atol=0):
+        raise ValueError(
+            f"sigmas {[round(s, 4) for s in sigmas]}: {type(scheduler).__name__} would sample at "
+            f"{[round(s, 4) for s in found]}; train on trailing({len(sigmas)}), or at sigmas that are even in "
+            "sigma^(1 / rho) for some rho"
+        )
+
+
+def _rho(first: float, last: float, way: float, sigma: float) -> float:
+    """The rho with which ``way`` of the way from ``first`` to ``last``, in sigma^(1 / rho), is at ``sigma``."""
+    low, high = 1e-6, 10.0  # of 1 / rho, the exponent of a power mean, which grows with it
+    for _ in range(100):
+        power = (low + high) / 2
+        mean = ((1 - way) * first**power + way * last**power) ** (1 / power)
+        low, high = (power, high) if mean < sigma else (low, power)
+    return 1 / high
 
 
 def same_table(a: Schedule, b: Schedule) -> bool:

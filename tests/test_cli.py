@@ -256,7 +256,7 @@ def test_bad_input_is_refused_in_one_line_and_changes_nothing(
         ("kd --out used --resume", "--resume used: no recipe.json there"),
         ("kd --teacher.source ./nowhere", "teacher './nowhere': no such folder"),
         ("kd --teacher.source used", "teacher 'used': no model_index.json there"),
-        ("kd --teacher.source bundled:cats", "cats/teacher': no such folder"),
+        ("kd --teacher.source bundled:cats", "cats': no such folder"),
         ("kd --run.device cuda:99", "run.device 'cuda:99': cannot be used on this machine"),
         ("kd --run.device gpu", "run.device 'gpu': cannot be used on this machine"),
         ("kd --data.classes 12 --data.count 12", "class labels must be integers from 0 to 10"),

@@ -82,13 +82,16 @@ class Guided(nn.Module):
     """A frozen denoiser under classifier-free guidance (arXiv:2207.12598): ``null + scale (cond - null)``.
 
     ``scale`` counts as pipelines' ``guidance_scale`` does: 1 is the plain conditional model and costs one evaluation,
-    anything else costs two, in one batch. It returns in any kind, since guidance commutes with conversion.
+    anything else costs two, in one batch. It returns in any kind, since guidance commutes with conversion. A batch
+    may bring a scale of its own for each sample, ``cond["guidance"]`` (B,); and a network that is itself told the
+    scale (FLUX.1 dev, LCM) is told, and evaluated once.
 
     Args:
         denoiser: the teacher's denoiser; its parameters are frozen here and it is put in eval mode.
         scale: guidance scale.
         null: the unconditional condition, each tensor (1, ...), expanded to the batch; not needed at scale 1.
         interval: times, as fractions of ``t_max``, between which guidance acts; outside, the conditional model.
+        told: the network takes ``cond["guidance"]`` as an input; there is no null condition then.
 
     Raises:
         ValueError: if ``scale`` is not 1 and there is no null condition.
@@ -101,14 +104,16 @@ class Guided(nn.Module):
         null: Cond | None = None,
         *,
         interval: tuple[float, float] = (0.0, 1.0),
+        told: bool = False,
     ):
         super().__init__()
-        if scale != 1.0 and not null:
+        if scale != 1.0 and not null and not told:
             raise ValueError(f"guidance {scale} needs a null condition, and this teacher has none; use guidance 1")
         self.denoiser = denoiser.requires_grad_(False).eval()
         self.scale = scale
         self.null = null or {}
         self.interval = interval
+        self.told = told
 
     @property
     def schedule(self) -> Schedule:
@@ -121,15 +126,19 @@ class Guided(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond, *, want: Kind = "x0") -> Tensor:
         """The guided prediction; shapes as ``Denoiser.forward``. Gradients flow to ``x_t``, never to parameters."""
-        if self.scale == 1.0:
+        low, high = (f * self.schedule.t_max for f in self.interval)
+        scale = cond["guidance"].to(t) if "guidance" in cond else torch.full_like(t, self.scale)
+        scale = torch.where((t >= low) & (t <= high), scale, 1.0)
+        if self.told:
+            return self.denoiser(x_t, t, {**cond, "guidance": scale.to(x_t)}, want=want)
+        if self.scale == 1.0 and "guidance" not in cond:
             return self.denoiser(x_t, t, cond, want=want)
-        if not cond:
+        cond = {k: v for k, v in cond.items() if k != "guidance"}
+        if not cond or not self.null:
             raise ValueError(f"guidance {self.scale} without conditions would compare the network with itself")
         both = {k: torch.cat([v, self.null[k].to(v).expand_as(v)]) for k, v in cond.items()}
         conditional, null = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both, want=want).chunk(2)
-        low, high = (f * self.schedule.t_max for f in self.interval)
-        inside = ((t >= low) & (t <= high)).to(x_t).view(-1, *[1] * (x_t.ndim - 1))
-        return null + (1.0 + (self.scale - 1.0) * inside) * (conditional - null)
+        return null + scale.to(x_t).view(-1, *[1] * (x_t.ndim - 1)) * (conditional - null)
 
 
 class Rescheduled(nn.Module):

@@ -27,7 +27,7 @@ def _call(scheduler: SchedulerMixin) -> Call:
     n = scheduler.config.num_train_timesteps
 
     def call(net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return net(x_t, table_index(t, n, x_t), **cond, return_dict=False)[0]
+        return net(x_t, table_index(t, n, x_t), class_labels=cond.get("class_labels"), return_dict=False)[0]
 
     return call
 
@@ -77,6 +77,7 @@ UNET2D = add_family(
         name="unet2d",
         net_class="UNet2DModel",
         module="unet",
+        serves=lambda net, scheduler: "sigma_data" not in scheduler.config,
         schedule=vp_schedule,
         kind=vp_kind,
         call=_call,
