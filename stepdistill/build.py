@@ -12,7 +12,7 @@ from stepdistill.data import Setting
 from stepdistill.lora_files import fuse_lora_file
 from stepdistill.models.denoiser import Denoiser, Guided
 from stepdistill.models.discriminator import Discriminator
-from stepdistill.models.families import Opened, open_pipeline
+from stepdistill.models.families import Opened, load_pipeline, open_pipeline
 from stepdistill.models.lora import Adapted, merged_state
 from stepdistill.models.nets import Nets
 from stepdistill.models.surgery import bare_copy, told_guidance, with_layers
@@ -32,12 +32,10 @@ def open_teacher(teacher: Teacher, dtype: torch.dtype = torch.float32) -> Opened
         if (folder / "teacher").is_dir():  # class-conditional, so it needs its pipeline's code
             folder, code = folder / "teacher", str(project_dir("pipelines") / "class_conditional.py")
         source = str(folder)
-    opened = open_pipeline(
-        source, custom_pipeline=code, dtype=dtype, size=teacher.size or None, negative=teacher.negative
-    )
+    pipeline = load_pipeline(source, custom_pipeline=code)
     if teacher.lora is not None:
-        fuse_lora_file(opened.pipeline, teacher.lora, teacher.lora_scale)
-    return opened
+        fuse_lora_file(pipeline, teacher.lora, teacher.lora_scale)
+    return open_pipeline(pipeline, dtype=dtype, size=teacher.size or None, negative=teacher.negative)
 
 
 def guided(opened: Opened, teacher: Teacher) -> Guided:

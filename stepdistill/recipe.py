@@ -30,7 +30,8 @@ class Teacher:
     source: str
     """A local folder, a hub id, or ``bundled:NAME`` for a teacher under assets/."""
     guidance: float = 1.0
-    """Classifier-free guidance that the student takes over, as pipelines' ``guidance_scale``; 1 is none."""
+    """Guidance that the student takes over, as pipelines' ``guidance_scale``; 1 is none. Networks that are told it as
+    an input, such as FLUX.1 dev, are told this; give them the value they are used with, 3.5 say."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Times between which guidance acts, as fractions."""
     custom_pipeline: str | None = None

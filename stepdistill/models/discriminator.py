@@ -78,6 +78,8 @@ class Discriminator(nn.Module):
 
 def _map_of(features: Tensor, tap: Tap, x_t: Tensor) -> Tensor:
     """What a tap gives, as a map (B, C, H, W)."""
+    if tap.patch:
+        features = features[:, : math.prod(x_t.shape[2:]) // tap.patch**2]
     if tap.tokens:  # (B, L, C): patches of side p in raster order, of each frame in turn
         patch = round((math.prod(x_t.shape[2:]) / features.shape[1]) ** 0.5)
         width = x_t.shape[-1] // patch

@@ -7,6 +7,7 @@ is one for the whole network and outlives the call.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -48,9 +49,10 @@ class Switchboard:
         role = f"role{self.count}"
         self.count += 1
         trained = [p for p in self.net.parameters() if p.requires_grad]
-        inject_adapter_in_model(
-            LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)), self.net, adapter_name=role
-        )
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several roles are the point
+            inject_adapter_in_model(config, self.net, adapter_name=role)
         for p in trained:
             p.requires_grad_(True)  # PEFT lets its newest adapter train and nobody else
         self.layers = [m for m in self.net.modules() if isinstance(m, LoraLayer)]

@@ -18,6 +18,8 @@ class Tap(NamedTuple):
     """Which output, where it answers with a tuple."""
     tokens: bool = False
     """(B, L, C) tokens in raster order instead of (B, C, H, W)."""
+    patch: int = 0
+    """Side of a token's patch, where tokens of something else follow the image's; 0 if all are the image's."""
 
 
 class _Reached(Exception):

@@ -21,18 +21,21 @@ from stepdistill.models.lora import Adapted
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Objective
 from stepdistill.objectives import CD, DMD2
-from stepdistill.sampling import Ddim, Sampler, trailing
+from stepdistill.sampling import Ddim, Renoise, Sampler, trailing
 from stepdistill.stock import stock_scheduler
 from stepdistill.trainer import AdamW, Run, Trainer
 
 TINY = sorted(p.stem for p in (Path(__file__).parents[1] / "tiny").glob("[a-z]*.py"))
+DRAWING = {"unet2d": "diffusers.pipelines.ddim.pipeline_ddim", "dit": "diffusers.pipelines.dit.pipeline_dit"}
+"""Modules of the pipelines that take no latents."""
 PROMPTS = ["a red star", "on a white, blue and very long background"]
 
 
 @pytest.fixture(scope="module", params=TINY)
 def opened(request: pytest.FixtureRequest) -> Opened:
     """Each tiny pipeline in turn, with every weight that initialisation left at zero moved off it."""
-    return open_pipeline(stirred(importlib.import_module(f"tests.tiny.{request.param}").pipeline()))
+    tiny = importlib.import_module(f"tests.tiny.{request.param}")
+    return open_pipeline(stirred(tiny.pipeline()), size=getattr(tiny, "SIZE", None))  # where the default is too large
 
 
 def stirred(pipeline: DiffusionPipeline) -> DiffusionPipeline:
@@ -58,7 +61,9 @@ def own_arguments(opened: Opened) -> dict[str, object]:
     """What the pipeline's own call needs for the same two samples."""
     cond = conditions(opened)
     if opened.family.encode is not None:
-        return {"prompt": PROMPTS}
+        size = opened.size or ()
+        sides = dict(zip(("width", "height", "num_frames"), reversed(size), strict=False))
+        return {"prompt": list(PROMPTS)} | sides  # a copy: some pipelines write into it
     return {"class_labels": cond["class_labels"].tolist()} if "class_labels" in cond else {"batch_size": 2}
 
 
@@ -67,20 +72,22 @@ def test_an_untrained_student_gives_the_teachers_own_images(
     opened: Opened, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Conditions, call, time, kind, schedule, packing, decoding and the exported scheduler, all at once."""
-    student = new_student(opened, Sampler(trailing(steps), Ddim()))
+    rule = Renoise() if opened.family.name == "edm" else Ddim()  # consistency models know no other
+    student = new_student(opened, Sampler(trailing(steps), rule))
     noise, cond = torch.randn(2, *opened.sample_shape), conditions(opened)
     with torch.no_grad():
         ours = opened.decode(student.sampler.run(student, noise, cond, torch.Generator()))
     pipeline = opened.pipeline
     monkeypatch.setitem(pipeline.__dict__, "scheduler", stock_scheduler(student, opened))
-    if opened.family.name == "unet2d":  # DDIMPipeline takes no latents
-        monkeypatch.setattr("diffusers.pipelines.ddim.pipeline_ddim.randn_tensor", lambda *a, **k: noise.clone())
+    if opened.family.name in DRAWING:
+        monkeypatch.setattr(f"{DRAWING[opened.family.name]}.randn_tensor", lambda *a, **k: noise.clone())
         latents: dict[str, object] = {}
     else:
         latents = {"latents": opened.family.pack(noise)}
     theirs = pipeline(
         **own_arguments(opened),
         **latents,
+        generator=torch.Generator(),
         num_inference_steps=steps,
         output_type="np",
         **opened.family.sampling(pipeline),
@@ -129,7 +136,7 @@ def test_adapters_start_as_the_teacher_and_learn(opened: Opened) -> None:
     t = torch.full((2,), 0.5 * opened.denoiser.schedule.t_max, dtype=torch.float64)
     with torch.no_grad():
         before = opened.denoiser(x_t, t, cond)
-    fresh = open_pipeline(opened.pipeline)
+    fresh = open_pipeline(opened.pipeline, size=opened.size)
     student = new_student(fresh, Sampler(trailing(1), Ddim()))  # on a copy: other tests want the bare network
     student.net = Adapted(student.net, 2, 2.0, opened.family.lora_targets)
     after = student(x_t, t, cond)

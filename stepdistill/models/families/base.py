@@ -160,7 +160,9 @@ def open_pipeline(
         FileNotFoundError: if a local folder is named that is not there.
         ValueError: if the weights are missing or damaged, parts differ in dtype, or no family handles it.
     """
-    pipeline = source if isinstance(source, DiffusionPipeline) else _load(str(source), custom_pipeline)
+    pipeline = (
+        source if isinstance(source, DiffusionPipeline) else load_pipeline(source, custom_pipeline=custom_pipeline)
+    )
     _check_float32(pipeline)
     family = family_of(pipeline)
     net, scheduler = pipeline.components[family.module], pipeline.scheduler
@@ -182,8 +184,9 @@ def _check_float32(pipeline: DiffusionPipeline) -> None:
                 )
 
 
-def _load(source: str, custom_pipeline: str | None) -> DiffusionPipeline:
-    path = Path(source)
+def load_pipeline(source: str | Path, *, custom_pipeline: str | None = None) -> DiffusionPipeline:
+    """Load a pipeline in float32; arguments and errors as ``open_pipeline``."""
+    source, path = str(source), Path(source)
     if not path.exists() and (path.is_absolute() or source.startswith(".") or source.count("/") != 1):
         raise FileNotFoundError(f"teacher {source!r}: no such folder; give a pipeline folder or a hub id owner/name")
     if path.exists() and not (path / "model_index.json").is_file():
@@ -195,6 +198,7 @@ def _load(source: str, custom_pipeline: str | None) -> DiffusionPipeline:
         )
     if path.exists():
         _refuse_foreign_code(path, custom_pipeline)
+    absent = _null_parts(path) if path.exists() else {}
     try:
         # safetensors only: a pickle is never opened. dtype is always explicit, see the diffusers/transformers defaults.
         return DiffusionPipeline.from_pretrained(
@@ -204,10 +208,17 @@ def _load(source: str, custom_pipeline: str | None) -> DiffusionPipeline:
             use_safetensors=True,
             low_cpu_mem_usage=False,
             **({"trust_remote_code": True} if custom_pipeline else {}),
+            **absent,
         )
     except Exception as error:  # whatever the loaders raise, the user needs one line that names the source
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"teacher {source!r}: could not be loaded ({type(error).__name__}: {reason})") from error
+
+
+def _null_parts(folder: Path) -> dict[str, None]:
+    """Parts that the index says are not there; some pipelines (SD3 without T5) must be told so again."""
+    index = json.loads((folder / "model_index.json").read_text())
+    return {name: None for name, part in index.items() if part == [None, None]}
 
 
 def _refuse_foreign_code(folder: Path, custom_pipeline: str | None) -> None:
@@ -289,6 +300,11 @@ def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
     rates = torch.exp(torch.arange(half, device=guidance.device) * -(math.log(10000.0) / (half - 1)))
     angles = 1000.0 * (guidance - 1.0)[:, None].float() * rates
     return nn.functional.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, width % 2))
+
+
+def thirds(blocks: Sequence[str]) -> list[str]:
+    """The blocks at a third, two thirds and the end."""
+    return [blocks[i] for i in sorted({max(len(blocks) * k // 3 - 1, 0) for k in (1, 2, 3)})]
 
 
 def refuse_prompt(pipeline: DiffusionPipeline, negative: str) -> None:

@@ -15,6 +15,7 @@ from stepdistill.models.families.base import (
     add_family,
     pixels,
     rectified_flow,
+    thirds,
     vae_decode,
     vae_encode,
     velocity,
@@ -68,10 +69,9 @@ def _sample_shape(pipeline: DiffusionPipeline, size: Size | None) -> tuple[int, 
 
 
 def _taps(net: nn.Module) -> tuple[Tap, ...]:
-    # The last block's context is dropped, so all of them answer (context, image); a third, two thirds and the end.
-    depth, width = len(net.transformer_blocks), net.inner_dim
-    at = sorted({max(depth * k // 3 - 1, 0) for k in (1, 2, 3)})
-    return tuple(Tap(f"transformer_blocks.{i}", width, output=1, tokens=True) for i in at)
+    # The last block's context is dropped, so all of them answer (context, image).
+    blocks = thirds([f"transformer_blocks.{i}" for i in range(len(net.transformer_blocks))])
+    return tuple(Tap(block, net.inner_dim, output=1, tokens=True) for block in blocks)
 
 
 SD3 = add_family(
