@@ -1,4 +1,4 @@
-"""Roles on one frozen network: who is on when, what each holds, and that gradients are those of a network of its own."""
+"""Roles on one frozen network: who is on when, what each holds, and whose gradients are whose."""
 
 from __future__ import annotations
 

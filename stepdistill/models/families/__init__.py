@@ -27,9 +27,9 @@ from stepdistill.models.families.base import (
     Tap,
     family_for,
     family_of,
-    load_pipeline,
     open_pipeline,
 )
+from stepdistill.models.families.loading import load_pipeline
 
 __all__ = [
     "Family",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
 from stepdistill.models.denoiser import Call, Cond, Denoiser
+from stepdistill.models.families.loading import check_parts, load_pipeline
 from stepdistill.models.taps import Tap
 from stepdistill.schedule import DiscreteVP, Kind, RectifiedFlow, Schedule
 
@@ -163,80 +163,13 @@ def open_pipeline(
     pipeline = (
         source if isinstance(source, DiffusionPipeline) else load_pipeline(source, custom_pipeline=custom_pipeline)
     )
-    _check_float32(pipeline)
+    check_parts(pipeline)
     family = family_of(pipeline)
     net, scheduler = pipeline.components[family.module], pipeline.scheduler
     denoiser = Denoiser(net, family.schedule(scheduler), family.kind(scheduler), family.call(scheduler), dtype)
     with torch.no_grad():
         null = family.null(pipeline, negative, size)
     return Opened(family, denoiser, null, family.sample_shape(pipeline, size), pipeline, size)
-
-
-def _check_float32(pipeline: DiffusionPipeline) -> None:
-    """Training wants float32 weights; of a live pipeline they may be anything, and differ between its parts."""
-    for name, part in pipeline.components.items():
-        if isinstance(part, nn.Module):
-            found = {p.dtype for p in part.parameters() if p.is_floating_point()} - {torch.float32}
-            if found:
-                raise ValueError(
-                    f"{type(pipeline).__name__}.{name} holds {', '.join(map(str, found))} weights; training starts "
-                    "from float32: load the pipeline with dtype=torch.float32 (run.dtype sets the arithmetic)"
-                )
-
-
-def load_pipeline(source: str | Path, *, custom_pipeline: str | None = None) -> DiffusionPipeline:
-    """Load a pipeline in float32; arguments and errors as ``open_pipeline``."""
-    source, path = str(source), Path(source)
-    if not path.exists() and (path.is_absolute() or source.startswith(".") or source.count("/") != 1):
-        raise FileNotFoundError(f"teacher {source!r}: no such folder; give a pipeline folder or a hub id owner/name")
-    if path.exists() and not (path / "model_index.json").is_file():
-        raise ValueError(f"teacher {source!r}: no model_index.json there, so it is not a diffusers pipeline folder")
-    if custom_pipeline is not None and not (path.exists() and Path(custom_pipeline).is_file()):
-        raise ValueError(
-            f"custom_pipeline {custom_pipeline!r}: code is run from a local file for a local folder only; "
-            "download both, read the code, and name the file"
-        )
-    if path.exists():
-        _refuse_foreign_code(path, custom_pipeline)
-    absent = _null_parts(path) if path.exists() else {}
-    try:
-        # safetensors only: a pickle is never opened. dtype is always explicit, see the diffusers/transformers defaults.
-        return DiffusionPipeline.from_pretrained(
-            source,
-            custom_pipeline=custom_pipeline,
-            dtype=torch.float32,
-            use_safetensors=True,
-            low_cpu_mem_usage=False,
-            **({"trust_remote_code": True} if custom_pipeline else {}),
-            **absent,
-        )
-    except Exception as error:  # whatever the loaders raise, the user needs one line that names the source
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"teacher {source!r}: could not be loaded ({type(error).__name__}: {reason})") from error
-
-
-def _null_parts(folder: Path) -> dict[str, None]:
-    """Parts that the index says are not there; some pipelines (SD3 without T5) must be told so again."""
-    index = json.loads((folder / "model_index.json").read_text())
-    return {name: None for name, part in index.items() if part == [None, None]}
-
-
-def _refuse_foreign_code(folder: Path, custom_pipeline: str | None) -> None:
-    """A folder whose index names a .py file of its own would have it run by diffusers, whatever we pass.
-
-    Raises:
-        ValueError: if it does, and the file is not the one that was asked for.
-    """
-    try:
-        name = json.loads((folder / "model_index.json").read_text()).get("_class_name")
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"teacher {str(folder)!r}: model_index.json is damaged ({error})") from error
-    code = folder / f"{name[0]}.py" if isinstance(name, list) else None
-    if code is not None and code.is_file() and (custom_pipeline is None or not code.samefile(custom_pipeline)):
-        raise ValueError(
-            f"teacher {str(folder)!r}: brings its own code, {code.name}, which is not run unasked; read it, then pass "
-            f"custom_pipeline={str(code)!r}"
-        )
 
 
 def vp_schedule(scheduler: SchedulerMixin) -> DiscreteVP:
