@@ -1,13 +1,28 @@
-"""What the measuring scripts share: recipes with variants, and tables in the project's README."""
+"""What the measuring scripts share: recipes with variants, runs of several seeds, and tables in README."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import dataclasses
+import multiprocessing
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
+from stepdistill.build import guided, open_teacher
+from stepdistill.distill import distill
+from stepdistill.evaluation.benchmark import bench_student, bench_teacher, evaluator_for
+from stepdistill.evaluation.records import Record, check_same_protocol, load_records, save_records
+from stepdistill.export import load_student
 from stepdistill.quickstart import reseeded
-from stepdistill.recipe import Recipe
+from stepdistill.recipe import Recipe, Teacher
 from stepdistill.recipes import find
+
+RUNS = Path(__file__).resolve().parents[1] / "runs" / "eval"
 
 GAN_COST = 1.34
 """Two steps of digits_dmd2 over two without a GAN, in the milliseconds of overhead.json (0.64 M parameters)."""
@@ -42,3 +57,91 @@ def put_into_readme(name: str, text: str) -> None:
     head, _, rest = readme.read_text().partition(f"<!-- {name}:begin -->")
     _, _, tail = rest.partition(f"<!-- {name}:end -->")
     readme.write_text(f"{head}<!-- {name}:begin -->\n{text}<!-- {name}:end -->{tail}")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How runs are measured."""
+
+    n: int
+    """Images per evaluation."""
+    runs: Path = RUNS
+    """Where the runs lie."""
+
+
+def run_one(name: str, seed: int, how: Measured) -> list[Record]:
+    """Train one recipe with one seed and measure its student, and those of its stages; records are kept."""
+    torch.set_num_threads(1)
+    out = how.runs / name.replace("/", "-") / f"seed{seed}"
+    stored = out / f"records-{how.n}.json"
+    if stored.is_file():
+        return load_records(stored)
+    recipe = recipe_of(name, seed)
+    anew, start = not out.exists(), time.monotonic()
+    done = distill(recipe, out, resume=out.exists())
+    seconds = time.monotonic() - start
+    evaluator = evaluator_for(done.opened, how.n)
+    students = {name: (recipe, done.student)}
+    for stage, folder in zip(recipe.stages(), sorted((out / "stages").glob("*")), strict=False):
+        student = load_student(folder / "pipeline")  # each stage is a student of its own
+        label = f"{type(stage.objective).__name__}, {student.sampler.steps} step{'s' * (student.sampler.steps > 1)}"
+        students[f"{name}, after {label}"] = (stage, student)
+    records = []
+    for title, (stage, student) in students.items():
+        method = type(stage.objective).__name__
+        records += bench_student(student, done.opened, evaluator, [0], subject=f"{title} #{seed}", method=method)
+    if anew:  # otherwise part of the time was spent in an earlier call
+        none = {"extractor_sha256": None, "reference_sha256": None}
+        records.append(dataclasses.replace(records[0], metric="training_seconds", value=seconds, **none))
+    save_records(stored, records)
+    return records
+
+
+def teacher_records(teacher: Teacher, steps: Sequence[int], how: Measured) -> list[Record]:
+    """The teacher at several step counts; records are kept."""
+    kept = how.runs / f"teacher-{teacher.source.rpartition(':')[2]}-{teacher.guidance:g}-{how.n}.json"
+    if not kept.is_file():
+        opened = open_teacher(teacher)
+        save_records(kept, bench_teacher(guided(opened, teacher), opened, evaluator_for(opened, how.n), steps, [0]))
+    return load_records(kept)
+
+
+def run_all(
+    recipes: Sequence[str],
+    seeds: Sequence[int],
+    teachers: Sequence[Teacher],
+    steps: Sequence[int],
+    how: Measured,
+    jobs: int,
+) -> list[Record]:
+    """Everything that is not there yet, in ``jobs`` processes: teachers first, then recipes, all seeds of each."""
+    each = [(name, seed) for seed in seeds for name in recipes]
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pending = [pool.submit(run_one, name, seed, how) for name, seed in each]
+        records = [r for teacher in teachers for r in teacher_records(teacher, steps, how)]
+        found = {job: future.result() for job, future in zip(each, pending, strict=True)}
+    return records + [r for name in recipes for seed in seeds for r in found[name, seed]]
+
+
+def table(records: list[Record], metrics: Mapping[str, int]) -> str:
+    """Medians over training seeds, lowest and highest beside them; the teacher's rows have one value.
+
+    Args:
+        records: of one protocol.
+        metrics: columns, and digits behind the point.
+    """
+    check_same_protocol([r for r in records if r.metric in metrics])
+    rows: dict[tuple[str, int, str], dict[str, list[float]]] = {}
+    for r in records:
+        key = (r.subject.split(" #")[0], r.steps, r.sampler)
+        rows.setdefault(key, {}).setdefault(r.metric, []).append(r.value)
+    head = ["subject", "steps", "sampler", "seeds", *metrics]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for (subject, steps, sampler), values in rows.items():
+        cells = [subject, str(steps), sampler, str(len(values["fd"]))]
+        for metric, digits in metrics.items():
+            v = values[metric]
+            spread = f" ({min(v):.{digits}f} - {max(v):.{digits}f})" if len(v) > 1 else ""
+            cells.append(f"{statistics.median(v):.{digits}f}{spread}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

@@ -9,30 +9,23 @@ are finished are not run again.
 
 from __future__ import annotations
 
-import dataclasses
-import multiprocessing
-import statistics
-import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import tyro
-from common import put_into_readme, recipe_of
+from common import RUNS, Measured, put_into_readme, run_all, table
 
-from stepdistill.build import open_teacher
-from stepdistill.distill import distill, side_by_side
-from stepdistill.evaluation.benchmark import bench_student, bench_teacher
-from stepdistill.evaluation.digits import DigitsEvaluator
-from stepdistill.evaluation.records import Record, check_same_protocol, load_records, save_records
+from stepdistill.build import guided, open_teacher
+from stepdistill.distill import side_by_side
+from stepdistill.evaluation.records import Record, save_records
 from stepdistill.evaluation.report import image_grid, quality_plot
 from stepdistill.export import load_student
-from stepdistill.models.denoiser import Guided
 from stepdistill.recipe import Teacher
 
 HERE = Path(__file__).resolve().parent / "digits"
-METRICS = ("fd", "pix", "precision", "recall", "coverage", "accuracy")
+METRICS = {"fd": 3, "pix": 3, "precision": 1, "recall": 1, "coverage": 1, "accuracy": 1}
+TEACHER = Teacher("bundled:digits")
 TEACHER_STEPS = (1, 2, 4, 8, 16, 50)
 
 
@@ -59,63 +52,10 @@ class Arguments:
     """Processes, one thread each."""
     n: int = 5000
     """Images per evaluation."""
-    runs: Path = field(default_factory=lambda: HERE.parents[1] / "runs" / "eval")
+    runs: Path = RUNS
     """Where the runs lie."""
     out: Path = HERE
     """Where results go."""
-
-
-def run_one(name: str, seed: int, given: Arguments) -> list[Record]:
-    """Train one recipe with one seed and measure its student, and those of its stages; records are kept."""
-    torch.set_num_threads(1)
-    out = given.runs / name.replace("/", "-") / f"seed{seed}"
-    stored = out / f"records-{given.n}.json"
-    if stored.is_file():
-        return load_records(stored)
-    recipe = recipe_of(name, seed)
-    anew, start = not out.exists(), time.monotonic()
-    done = distill(recipe, out, resume=out.exists())
-    seconds = time.monotonic() - start
-    evaluator = DigitsEvaluator(n=given.n)
-    students = {name: (recipe, done.student)}
-    for stage, folder in zip(recipe.stages(), sorted((out / "stages").glob("*")), strict=False):
-        student = load_student(folder / "pipeline")  # each stage is a student of its own
-        label = f"{type(stage.objective).__name__}, {student.sampler.steps} step{'s' * (student.sampler.steps > 1)}"
-        students[f"{name}, after {label}"] = (stage, student)
-    records = []
-    for title, (stage, student) in students.items():
-        method = type(stage.objective).__name__
-        records += bench_student(student, done.opened, evaluator, [0], subject=f"{title} #{seed}", method=method)
-    if anew:  # otherwise part of the time was spent in an earlier call
-        none = {"extractor_sha256": None, "reference_sha256": None}
-        records.append(dataclasses.replace(records[0], metric="training_seconds", value=seconds, **none))
-    save_records(stored, records)
-    return records
-
-
-def table(records: list[Record]) -> str:
-    """Medians over training seeds, lowest and highest beside them; the teacher's rows have one value."""
-    check_same_protocol([r for r in records if r.metric in METRICS])
-    rows: dict[tuple[str, int, str], dict[str, list[float]]] = {}
-    for r in records:
-        key = (r.subject.split(" #")[0], r.steps, r.sampler)
-        rows.setdefault(key, {}).setdefault(r.metric, []).append(r.value)
-    head = ["subject", "steps", "sampler", "seeds", *METRICS]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for (subject, steps, sampler), values in rows.items():
-        cells = [subject, str(steps), sampler, str(len(values["fd"]))]
-        for metric in METRICS:
-            digits = 3 if metric in ("fd", "pix") else 1
-            v = values[metric]
-            spread = f" ({min(v):.{digits}f} - {max(v):.{digits}f})" if len(v) > 1 else ""
-            cells.append(f"{statistics.median(v):.{digits}f}{spread}")
-        lines.append("| " + " | ".join(cells) + " |")
-    n = next(r.n for r in records if r.metric == "fd")
-    note = (
-        f"Median over training seeds (lowest - highest), n = {n} images, sampling seed 0. fd and pix are Frechet "
-        "distances in per cent of the real variance, on classifier features and on pixels; lower is better."
-    )
-    return "\n".join(lines) + f"\n\n{note}\n"
 
 
 def medians(records: list[Record]) -> list[Record]:
@@ -138,29 +78,24 @@ def medians(records: list[Record]) -> list[Record]:
 def main(given: Arguments) -> None:
     """Run everything that is not there yet, then write tables and figures."""
     torch.set_num_threads(1)
-    opened = open_teacher(Teacher("bundled:digits"))
-    teacher = Guided(opened.denoiser)
-    teacher_rows = given.runs / f"teacher-{given.n}.json"
-    jobs = [(name, seed) for seed in given.seeds for name in given.recipes]
-    with ProcessPoolExecutor(given.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pending = [pool.submit(run_one, name, seed, given) for name, seed in jobs]
-        if not teacher_rows.is_file():
-            save_records(teacher_rows, bench_teacher(teacher, opened, DigitsEvaluator(given.n), TEACHER_STEPS, [0]))
-        found = {job: future.result() for job, future in zip(jobs, pending, strict=True)}
-    records = load_records(teacher_rows)
-    for name in given.recipes:
-        for seed in given.seeds:
-            records += found[name, seed]
+    how = Measured(given.n, given.runs)
+    records = run_all(given.recipes, given.seeds, [TEACHER], TEACHER_STEPS, how, given.jobs)
     save_records(given.out / "results.json", records)
-    (given.out / "table.md").write_text(table(records))
+    note = (
+        f"Median over training seeds (lowest - highest), n = {given.n} images, sampling seed 0. fd and pix are Frechet "
+        "distances in per cent of the real variance, on classifier features and on pixels; lower is better."
+    )
+    text = f"{table(records, METRICS)}\n{note}\n"
+    (given.out / "table.md").write_text(text)
     if given.out == HERE:
-        put_into_readme("table", table(records))
-    print(table(records))
+        put_into_readme("table", text)
+    print(text)
     quality_plot([r for r in medians(records) if r.metric in METRICS], given.out / "quality.svg")
     quick = [name for name in given.recipes if "quickstart" in name and "/" not in name]
     students = [(name, load_student(given.runs / name / f"seed{given.seeds[0]}" / "pipeline")) for name in quick]
     if students:
-        grids = side_by_side(students, opened, teacher)
+        opened = open_teacher(TEACHER)
+        grids = side_by_side(students, opened, guided(opened, TEACHER))
         wanted = [grids[0], *grids[1:]]
         images = torch.cat([torch.cat([g.images[:20], torch.full_like(g.images[:10], 255)]) for g in wanted])
         image_grid(images[:-10], 10, scale=6).save(given.out / "samples.png")
