@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from stepdistill.build import build, guided, with_guidance
+from stepdistill.data import TeacherPairs
 from stepdistill.models.denoiser import Denoiser, Guided
 from stepdistill.models.families import open_pipeline
 from stepdistill.objective import Batch, Step
-from stepdistill.objectives import CD
+from stepdistill.objectives import CD, KD
 from stepdistill.recipe import Recipe, Teacher, Weights
 from stepdistill.recipes import find
 from stepdistill.schedule import RectifiedFlow
@@ -108,6 +109,7 @@ def test_text_conditions_are_dropped_whole() -> None:
     [
         ({"null_rate": 1.0}, "null_rate must lie in"),
         ({"null_rate": 0.1, "teacher": Teacher("bundled:digits", guidance=2.0)}, "teacher.guidance must be 1"),
+        ({"objective": KD(), "data": TeacherPairs(), "null_rate": 0.1}, "put empty prompts among the data's own"),
         ({"student": Weights(told_guidance=True)}, "needs teacher.guidance_range"),
     ],
 )

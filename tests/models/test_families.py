@@ -179,6 +179,14 @@ def test_sd3_without_t5_opens_from_its_folder(tmp_path: Path) -> None:
         torch.testing.assert_close(ours.encode(["a"])[key], value, rtol=0, atol=0)
 
 
+def test_a_recorded_text_length_is_the_one_that_is_used(tmp_path: Path) -> None:
+    live = sd3.pipeline()
+    live.register_to_config(_max_sequence_length=5)
+    live.save_pretrained(tmp_path)
+    assert open_pipeline(tmp_path).encode(["a"])["prompt"].shape[1] == 12 + 5
+    assert open_pipeline(sd3.pipeline()).encode(["a"])["prompt"].shape[1] == 12 + 256
+
+
 def test_latents_go_there_and_back_as_the_vae_does() -> None:
     """Shift and scale undo each other, whatever the VAE loses in between."""
     pipeline = sd3.pipeline()

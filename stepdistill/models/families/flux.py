@@ -54,7 +54,7 @@ def takes_guidance(net: nn.Module) -> bool:
 
 def prompt_tokens(pipeline: DiffusionPipeline) -> int:
     """``max_sequence_length``: the pipeline's record of it, where it has one, or diffusers' default."""
-    return pipeline.config.get("max_sequence_length", MAX_SEQUENCE_LENGTH)
+    return pipeline.config.get("_max_sequence_length", MAX_SEQUENCE_LENGTH)
 
 
 def refuse_negative(pipeline: DiffusionPipeline, negative: str) -> None:

@@ -32,6 +32,7 @@ def load_pipeline(source: str | Path, *, custom_pipeline: str | None = None) -> 
             "download both, read the code, and name the file"
         )
     absent: dict[str, None] = {}
+    index: dict[str, Any] = {}
     if local:
         index = _read_index(path)
         _refuse_foreign_code(path, index, custom_pipeline)
@@ -39,7 +40,7 @@ def load_pipeline(source: str | Path, *, custom_pipeline: str | None = None) -> 
         # some pipelines (SD3 without T5) must be told once more which parts are not there
         absent = {name: None for name, part in index.items() if part == [None, None]}
     try:
-        return DiffusionPipeline.from_pretrained(
+        pipeline = DiffusionPipeline.from_pretrained(
             source,
             custom_pipeline=custom_pipeline,
             dtype=torch.float32,  # always explicit: diffusers and transformers differ in their defaults
@@ -51,6 +52,9 @@ def load_pipeline(source: str | Path, *, custom_pipeline: str | None = None) -> 
     except Exception as error:  # whatever the loaders raise, the user needs one line that names the source
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"teacher {source!r}: could not be loaded ({type(error).__name__}: {reason})") from error
+    if "_max_sequence_length" in index:  # an argument of the call that pipelines cannot record, so loading drops it
+        pipeline.register_to_config(_max_sequence_length=index["_max_sequence_length"])
+    return pipeline
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def without_sigma(pred: Tensor, x_t: Tensor) -> Tensor:
 def _tokens(pipeline: DiffusionPipeline) -> int:
     """``max_sequence_length``: the pipeline's record of it, where it has one, or its call's default."""
     default = inspect.signature(pipeline.__call__).parameters["max_sequence_length"].default
-    return pipeline.config.get("max_sequence_length", default)
+    return pipeline.config.get("_max_sequence_length", default)
 
 
 def _encode(pipeline: DiffusionPipeline, prompts: Sequence[str], size: Size | None) -> Cond:

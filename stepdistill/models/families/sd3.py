@@ -42,7 +42,7 @@ def _call(scheduler: SchedulerMixin) -> Call:
 
 def tokens_trained_with(pipeline: DiffusionPipeline) -> int:
     """``max_sequence_length``: the pipeline's record of it, where it has one, or diffusers' default."""
-    return pipeline.config.get("max_sequence_length", MAX_SEQUENCE_LENGTH)
+    return pipeline.config.get("_max_sequence_length", MAX_SEQUENCE_LENGTH)
 
 
 def _encode(pipeline: DiffusionPipeline, prompts: Sequence[str], size: Size | None) -> Cond:
