@@ -1,0 +1,1 @@
+"""Parts of `train/shapes_teachers.py`."""

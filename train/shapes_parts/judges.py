@@ -7,15 +7,16 @@ import math
 import torch
 import torch.nn.functional as F
 from open_clip import CLIP
+from torch import Tensor, nn
+
+from shapes_parts.assets import rounded
 from shapes_parts.loop import Plan, Trained, train
 from shapes_parts.losses import attribute_loss, split_heads
 from shapes_parts.text import EMBED, clip_ids, make_clip
-from torch import Tensor, nn
-
 from stepdistill.evaluation.shapes import ShapesClassifier
 from stepdistill.shapes import ABSENT, HEADS, Scenes, caption, captions, draw
 
-CLIP_PLAN = Plan("clip", steps=1500, lr=2e-3, ema=0.995, decay=0.4)
+CLIP_PLAN = Plan("clip", steps=1000, lr=2e-3, ema=0.995, decay=0.4)
 CLIP_BATCH = 96
 LOGIT_SCALE = 12.0
 CLASSIFIER = Plan("classifier", steps=2000, lr=2e-3, ema=0.995)
@@ -127,6 +128,11 @@ def train_clip() -> Trained:
         return {"loss": contrast + 0.2 * seen + 0.2 * read, "seen": seen, "read": read, "right": right}
 
     return train(CLIP_PLAN, Contrast, loss, lambda average: str(clip_drops(average.clip, 500, 98)), watch_every=300)
+
+
+def trained_clip() -> CLIP:
+    """The open_clip model as its file holds it; trained if it is not yet."""
+    return rounded(train_clip().average).clip
 
 
 @torch.no_grad()

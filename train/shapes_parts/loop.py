@@ -76,7 +76,7 @@ def train(
         average.load_state_dict(state["average"])
         optim.load_state_dict(state["optim"])
         first, spent = state["step"], state["seconds"]
-        print(f"{plan.name}: goes on at step {first}", flush=True)
+        print(f"{plan.name}: {'done before' if first >= plan.steps else f'goes on at step {first}'}", flush=True)
     pairs = [(a, m) for a, m in zip(average.parameters(), model.parameters(), strict=True) if m.requires_grad]
     averages, moving = map(list, zip(*pairs, strict=True))
     began, logged, sums = time.process_time(), time.perf_counter(), {}

@@ -10,8 +10,6 @@ from pathlib import Path
 import torch
 from open_clip import CLIP
 from safetensors.torch import save_file
-from shapes_parts.loop import Plan, Trained, train
-from shapes_parts.losses import attribute_loss, split_heads
 from tokenizers import Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
@@ -25,6 +23,8 @@ from transformers import (
     T5Tokenizer,
 )
 
+from shapes_parts.loop import Plan, Trained, train
+from shapes_parts.losses import attribute_loss, split_heads
 from stepdistill.shapes import ABSENT, HEADS, captions, draw, random_attributes
 
 T5 = Plan("t5", steps=1500, lr=2e-3, ema=0.99)

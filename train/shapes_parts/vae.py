@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from shapes_parts.judges import Stream, scaled, spoiled
-from shapes_parts.loop import Plan, Trained, train
 from torch import Tensor, nn
 
+from shapes_parts.judges import Stream, scaled
+from shapes_parts.loop import Plan, Trained, train
 from stepdistill.evaluation.shapes import ShapesClassifier
 from stepdistill.shapes import align, draw
 
-VAE = Plan("vae", steps=9000, lr=2e-3, ema=0.995, decay=0.4)
-DECODER = Plan("decoder", steps=3000, lr=1e-3, ema=0.995, decay=0.5)
+VAE = Plan("vae", steps=2600, lr=2e-3, ema=0.995, decay=0.4)
+DECODER = Plan("decoder", steps=2500, lr=1e-3, ema=0.995, decay=0.5)
 BATCH = 16
-LATENT_NOISE = 0.03  # of a standard deviation near 1: what a denoiser will surely get wrong
 KL = 2e-5
+LATENT_NOISE = 0.05  # of the latents' deviation: about what a denoiser gets wrong
 PERCEPTUAL = 0.5
 STAGES = (1, 3, 5)  # after 16x16 pixels, after 8x8, and the features
 
@@ -39,37 +41,52 @@ def make_vae() -> AutoencoderKL:
 def perceptual(judge: ShapesClassifier, images: Tensor, copies: Tensor) -> Tensor:
     """Mean squared difference of the judge's activations, each stage divided by its mean square."""
     total = torch.zeros(())
-    for stage, (real, copy) in enumerate(zip(judge.layers(images), judge.layers(copies), strict=True)):
+    for stage, (real, fake) in enumerate(zip(judge.layers(images), judge.layers(copies), strict=True)):
         if stage in STAGES:
-            total = total + F.mse_loss(copy, real) / real.square().mean()
+            total = total + F.mse_loss(fake, real) / real.square().mean()
     return total
 
 
 def train_vae(judge: ShapesClassifier) -> Trained:
-    """Absolute error, the judge's activations and a weak KL term, on fresh scenes."""
+    """Pixels, the judge's activations and a weak KL term, on fresh scenes."""
     stream = Stream(BATCH, seed=2_000_000)
 
     def loss(model: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         assert isinstance(model, AutoencoderKL)
         images = scaled(stream(step).images)
         posterior = model.encode(images).latent_dist
-        copies = model.decode(posterior.sample(generator)).sample
-        return _terms(judge, images, copies) | {"kl": posterior.kl().mean()}
+        terms = likeness(judge, images, model.decode(posterior.sample(generator)).sample)
+        kl = posterior.kl().mean()
+        return {"loss": terms["loss"] + KL * kl, "seen": terms["seen"], "mse": terms["mse"], "kl": kl}
 
-    def weighted(model: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        terms = loss(model, step, generator)
-        total = terms["l1"] + PERCEPTUAL * terms["seen"] + KL * terms["kl"]
-        return {"loss": total, **terms}
-
-    return train(VAE, make_vae, weighted, lambda average: watch(average, judge), watch_every=1000)
+    return train(VAE, make_vae, loss, lambda average: watch(average, judge), watch_every=1000)
 
 
-def _terms(judge: ShapesClassifier, images: Tensor, copies: Tensor) -> dict[str, Tensor]:
-    return {
-        "l1": F.l1_loss(copies, images) + F.mse_loss(copies, images),
-        "seen": perceptual(judge, images, copies),
-        "mse": F.mse_loss(copies, images),
-    }
+def train_decoder(vae: AutoencoderKL, judge: ShapesClassifier) -> Trained:
+    """Go on with the decoder alone, on slightly noisy latents; a denoiser trained on the latents stays valid."""
+    stream = Stream(BATCH, seed=3_000_000)
+
+    def make() -> nn.Module:
+        model = copy.deepcopy(vae).requires_grad_(True)
+        model.encoder.requires_grad_(False)
+        model.quant_conv.requires_grad_(False)
+        return model
+
+    def loss(model: nn.Module, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        assert isinstance(model, AutoencoderKL)
+        images = scaled(stream(step).images)
+        with torch.no_grad():
+            latents = model.encode(images).latent_dist.mean
+        noise = LATENT_NOISE / vae.config.scaling_factor * torch.randn(latents.shape, generator=generator)
+        return likeness(judge, images, model.decode(latents + noise).sample)
+
+    return train(DECODER, make, loss, lambda average: watch(average, judge), watch_every=500)
+
+
+def likeness(judge: ShapesClassifier, images: Tensor, copies: Tensor) -> dict[str, Tensor]:
+    """Absolute and squared error, and how different the judge finds the two."""
+    mse, seen = F.mse_loss(copies, images), perceptual(judge, images, copies)
+    return {"loss": F.l1_loss(copies, images) + mse + PERCEPTUAL * seen, "seen": seen, "mse": mse}
 
 
 @torch.no_grad()
@@ -104,3 +121,12 @@ def watch(vae: nn.Module, judge: ShapesClassifier) -> str:
     """A line on 500 held-out scenes."""
     assert isinstance(vae, AutoencoderKL)
     return " ".join(f"{name} {value:.3f}" for name, value in reconstruction(vae, judge, 500, 99).items())
+
+
+def finished(average: nn.Module, scenes: int = 2000) -> AutoencoderKL:
+    """The autoencoder with its weights rounded to half precision and the measured scale of its latents."""
+    vae = make_vae()
+    vae.load_state_dict({name: value.half().float() for name, value in average.state_dict().items()})
+    vae.eval().requires_grad_(False)
+    vae.register_to_config(scaling_factor=round(1 / float(latents_of(vae, draw(scenes, 3).images).std()), 4))
+    return vae
