@@ -63,7 +63,7 @@ class Arguments:
     """Training seeds. Samples are drawn with seed 0 throughout."""
     jobs: int = 2
     """Processes, one thread each."""
-    n: int = 2000
+    n: int = 1000
     """Images per evaluation."""
     runs: Path = RUNS
     """Where the runs lie."""
