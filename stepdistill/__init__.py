@@ -1,8 +1,17 @@
 """stepdistill: turn a pretrained diffusers pipeline into a one- to four-step generator."""
 
+import importlib as _importlib
 import logging as _logging
+from typing import Any as _Any
 
 # Importing diffusers asks xformers, which warns at length where it has no compiled operators; using it says so too.
 _logging.getLogger("xformers").setLevel(_logging.ERROR)
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> _Any:
+    """``stepdistill.sample``, fetched when it is asked for: it takes seconds to import what it needs."""
+    if name == "sample":
+        return _importlib.import_module("stepdistill.generate").sample
+    raise AttributeError(f"module 'stepdistill' has no attribute {name!r}")

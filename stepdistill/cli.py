@@ -17,19 +17,21 @@ import torch
 import tyro
 from diffusers import DDIMScheduler
 from diffusers.utils.logging import disable_progress_bar
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
-from stepdistill.build import open_teacher
-from stepdistill.distill import distill, evaluate_and_report
-from stepdistill.evaluation.benchmark import bench_student, bench_teacher
-from stepdistill.evaluation.digits import DigitsEvaluator
+from stepdistill.build import guided, open_teacher
+from stepdistill.data.prompts import read_prompts
+from stepdistill.distill import distill, evaluate_and_report, told
+from stepdistill.evaluation.benchmark import bench_student, bench_teacher, check_judged, evaluator_for
 from stepdistill.evaluation.features import to_uint8
-from stepdistill.evaluation.records import markdown_table, save_records
+from stepdistill.evaluation.records import brief_table, save_records
 from stepdistill.evaluation.report import save_grid
 from stepdistill.export import load_lines, load_student, stand_in
-from stepdistill.models.denoiser import Guided
+from stepdistill.generate import folder_of, sample
 from stepdistill.models.families import family_for
 from stepdistill.objective import registered
-from stepdistill.quickstart import TABLE, quickstart
+from stepdistill.quickstart import quickstart
 from stepdistill.recipe import Evaluation, Recipe, Teacher, suggest
 from stepdistill.recipes import bundled, find
 from stepdistill.student import Student
@@ -50,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
-    disable_progress_bar()  # diffusers' own, of loading; ours stay
+    disable_progress_bar()  # of loading and saving; ours stay
+    transformers_logging.disable_progress_bar()
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)
         sys.exit(0 if args else 2)
@@ -123,7 +126,7 @@ def _distill(args: list[str]) -> None:
     done = distill(recipe, given.out, resume=given.resume)
     if recipe.evaluation is not None:
         title = f"{name}: {type(recipe.objective).__name__}"
-        print(markdown_table(evaluate_and_report([("student", recipe, done)], given.out, title=title), TABLE))
+        print(brief_table(evaluate_and_report([("student", recipe, done)], given.out, title=title)))
         print(f"report: {given.out / 'report' / 'index.html'}")
     print(f"done in {time.monotonic() - start:.0f} s; load the student with:\n\n{load_lines(done.pipeline)}")
 
@@ -144,6 +147,12 @@ class Sample:
     """A run directory or a pipeline folder."""
     labels: tuple[int, ...] = ()
     """Classes, one column each; by default what the model knows, up to ten."""
+    prompts: tuple[str, ...] = ()
+    """Prompts, one column each; by default the first ten that the run was trained on."""
+    prompts_file: Path | None = None
+    """A file of prompts instead, one a line, or .jsonl."""
+    guidance: float | None = None
+    """Guidance scale, for students that take one; by default the recorded one."""
     rows: int = 4
     """Rows of samples."""
     steps: int | None = None
@@ -156,12 +165,22 @@ class Sample:
 
 def _sample(args: list[str]) -> None:
     given = _parse(Sample, args, "sample")
-    folder = _pipeline_of(given.source)
+    folder = folder_of(given.source)
     if given.rows < 1:
         raise ValueError(f"--rows must be at least 1; got {given.rows}")
     if not 0 <= given.seed < 2**31:
         raise ValueError(f"--seed must lie in [0, 2^31); got {given.seed}")
     _check_writable(given.out)
+    draw = _draw_prompts if "text_encoder" in _index(folder) else _draw_classes
+    images, columns, of = draw(given, folder)
+    save_grid(given.out, images, columns=columns)
+    print(f"wrote {given.out}: {given.rows} rows{of}")
+
+
+def _draw_classes(given: Sample, folder: Path) -> tuple[Tensor, int, str]:
+    """Images uint8 (N, 3, H, W), how many make a row, and what they show; none of the folder's code is run."""
+    if given.prompts or given.prompts_file:
+        raise ValueError(f"--prompts: {folder} takes no prompts")
     student = load_student(folder)
     pipeline = stand_in(student.net, DDIMScheduler())
     family = family_for(student.net, pipeline.scheduler)
@@ -170,26 +189,59 @@ def _sample(args: list[str]) -> None:
         raise ValueError(f"--labels: {_null_label(folder)} is the null label, which stands for no class")
     n = given.rows * (len(columns) or 10)
     cond = family.cond(student.net, {"labels": torch.tensor(columns * given.rows)} if columns else {})
-    samples = student.sample((n, *family.sample_shape(pipeline, None)), cond, steps=given.steps, seed=given.seed)
-    save_grid(given.out, to_uint8(samples), columns=len(columns) or 10)
+    shape = (n, *family.sample_shape(pipeline, None))
     of = f" of classes {', '.join(map(str, columns))}" if columns else ""
-    print(f"wrote {given.out}: {given.rows} rows{of}")
+    samples = student.sample(shape, cond, steps=given.steps, seed=given.seed)
+    return to_uint8(samples), len(columns) or 10, of
+
+
+def _draw_prompts(given: Sample, folder: Path) -> tuple[Tensor, int, str]:
+    """See ``_draw_classes``; drawn by the stock pipeline. Of videos the middle frame is shown."""
+    if given.labels:
+        raise ValueError(f"--labels: {folder} takes prompts; give --prompts")
+    if given.prompts and given.prompts_file:
+        raise ValueError("--prompts and --prompts-file are both given; choose one")
+    texts = read_prompts(given.prompts_file, "--prompts-file") if given.prompts_file else list(given.prompts)
+    if not texts:
+        recipe = _recipe_of(given.source)
+        texts = recipe.data.captions(10) if recipe else []
+    if not texts:
+        raise ValueError(f'--prompts: {folder} takes prompts; give some, as in --prompts "a red circle"')
+    made = sample(
+        folder, texts * given.rows, seed=given.seed, steps=given.steps, guidance=given.guidance, output="uint8"
+    )
+    images = made[:, made.shape[1] // 2] if made.ndim == 5 else made
+    return images, len(texts), f" of {len(texts)} prompts"
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    """The pipeline's config.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    try:
+        index = json_.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except ValueError as error:  # of the text or of its encoding
+        raise ValueError(f"{folder / 'model_index.json'} is damaged ({error})") from error
+    return index if isinstance(index, dict) else {}
+
+
+def _recipe_of(source: Path) -> Recipe | None:
+    """The recipe that made a run, or the pipeline folder of one; None where none is kept."""
+    for folder in (source, source.absolute().parent):
+        if (folder / "recipe.json").is_file():
+            return Recipe.load(folder / "recipe.json")
+    return None
 
 
 def _null_label(folder: Path) -> int | None:
-    return json_.loads((folder / "model_index.json").read_text()).get("null_label")
+    return _index(folder).get("null_label")
 
 
 def _known_labels(folder: Path, student: Student) -> tuple[int, ...]:
     """Classes that a student was trained on; none for an unconditional one."""
     return tuple(c for c in range(student.net.config.num_class_embeds or 0) if c != _null_label(folder))
-
-
-def _pipeline_of(source: Path) -> Path:
-    folder = source / "pipeline" if (source / "pipeline").is_dir() else source
-    if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"{source}: neither a run with a pipeline/ nor a pipeline folder (no model_index.json)")
-    return folder
 
 
 def _check_writable(out: Path) -> None:
@@ -202,16 +254,16 @@ def _check_writable(out: Path) -> None:
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure digits students beside the bundled teacher, on the same noise."""
+    """Measure students of a bundled teacher, digits or shapes, beside that teacher, on the same noise."""
 
     sources: tyro.conf.Positional[tuple[Path, ...]]
     """Run directories or pipeline folders."""
-    n: int = 5000
-    """Images per seed."""
+    n: int | None = None
+    """Images per seed; by default as in the first run's recipe, or 5000."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Sampling seeds; two or more give error bars."""
-    teacher_steps: tuple[int, ...] = (1, 2, 4, 8, 50)
-    """Step counts of the teacher."""
+    teacher_steps: tuple[int, ...] = ()
+    """Step counts of the teacher; by default as in the first run's recipe, or 1 2 4 8 50."""
     out: Path = Path("results.json")
     """Records to write."""
     json: bool = False
@@ -222,20 +274,53 @@ def _bench(args: list[str]) -> None:
     given = _parse(Bench, args, "bench")
     if not given.sources:
         raise ValueError("bench: name at least one run directory or pipeline folder")
-    plan = Evaluation(given.n, given.seeds, given.teacher_steps)
+    _plan(given, Evaluation())
     _check_writable(given.out)
-    opened = open_teacher(Teacher("bundled:digits"))
-    students = [(str(source), load_student(_pipeline_of(source), opened=opened)) for source in given.sources]
-    evaluator = DigitsEvaluator(n=plan.n)
-    records = bench_teacher(Guided(opened.denoiser), opened, evaluator, plan.teacher_steps, plan.seeds)
-    for name, student in students:
-        records += bench_student(student, opened, evaluator, plan.seeds, subject=name, method="distilled")
+    folders = [folder_of(source) for source in given.sources]
+    recipes = [_recipe_of(source) for source in given.sources]
+    teacher = _same_teacher(given.sources, recipes)
+    plan = _plan(given, (recipes[0] and recipes[0].evaluation) or Evaluation())
+    opened = open_teacher(teacher)
+    check_judged(opened)
+    students = [load_student(folder, opened=opened) for folder in folders]
+    evaluator = evaluator_for(opened, plan.n)
+    scale = told(teacher)
+    seen = guided(opened, teacher if scale is None else dataclasses.replace(teacher, guidance=scale))
+    records = bench_teacher(seen, opened, evaluator, plan.teacher_steps, plan.seeds)
+    for source, recipe, student in zip(given.sources, recipes, students, strict=True):
+        method = type(recipe.objective).__name__ if recipe else "distilled"
+        records += bench_student(student, opened, evaluator, plan.seeds, subject=str(source), method=method, told=scale)
     save_records(given.out, records)
     if given.json:
         print(json_.dumps([dataclasses.asdict(r) for r in records], indent=2))
     else:
-        print(markdown_table(records, TABLE))
+        print(brief_table(records))
         print(f"wrote {given.out}")
+
+
+def _plan(given: Bench, default: Evaluation) -> Evaluation:
+    n = default.n if given.n is None else given.n
+    return Evaluation(n, given.seeds, given.teacher_steps or default.teacher_steps)
+
+
+def _same_teacher(sources: Sequence[Path], recipes: Sequence[Recipe | None]) -> Teacher:
+    """The teacher of all; where no recipe is kept, the bundled one of digits.
+
+    Raises:
+        ValueError: if there are two.
+    """
+    teachers = [recipe.teacher if recipe else Teacher("bundled:digits") for recipe in recipes]
+    for source, teacher in zip(sources, teachers, strict=True):
+        if teacher != teachers[0]:
+            raise ValueError(
+                f"bench: {sources[0]} and {source} have different teachers, {_named(teachers[0])} and "
+                f"{_named(teacher)}; measure them one after the other"
+            )
+    return teachers[0]
+
+
+def _named(teacher: Teacher) -> str:
+    return f"{teacher.source} at guidance {teacher.guidance_range or teacher.guidance}"
 
 
 @dataclass(frozen=True)

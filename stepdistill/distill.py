@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 import torch
 
-from stepdistill.build import Built, build, new_discriminator, open_teacher
+from stepdistill.build import Built, build, guided, new_discriminator, open_teacher
 from stepdistill.checkpoint import write_atomically
-from stepdistill.evaluation.benchmark import bench_student, bench_teacher
-from stepdistill.evaluation.digits import DigitsEvaluator
-from stepdistill.evaluation.features import to_uint8
-from stepdistill.evaluation.records import Record, save_records
+from stepdistill.data import Data, Labels, lent
+from stepdistill.evaluation.benchmark import bench_student, bench_teacher, check_judged, evaluator_for, pictures
+from stepdistill.evaluation.records import Record, metric_info, save_records
 from stepdistill.evaluation.report import Grid, save_grid, write_report
-from stepdistill.export import check_exportable, load_lines, load_student, save_pipeline
-from stepdistill.models.denoiser import Guided
+from stepdistill.export import add_figures, check_exportable, load_lines, load_student, save_pipeline
+from stepdistill.lora_files import save_lora
+from stepdistill.models.denoiser import Cond, Guided
 from stepdistill.models.families import Opened
+from stepdistill.models.lora import Adapted, network_of
 from stepdistill.models.nets import Nets
-from stepdistill.recipe import Recipe
-from stepdistill.sampling import Ddim, Sampler, sample, trailing
+from stepdistill.recipe import Recipe, Teacher
+from stepdistill.sampling import Ddim, Sampler, trailing
 from stepdistill.student import Student
 
 PREVIEW_SEED = 1_000_003
 """Away from the seeds of evaluations."""
 
-DIGIT_SHAPE = (1, 8, 8)
+SMALL = 4096
+"""Numbers in a sample up to which forty are shown together; of larger ones four are."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +68,11 @@ def distill(recipe: Recipe, out: Path, *, resume: bool = False) -> Distilled:
     opened = open_teacher(recipe.teacher)
     for stage in stages:
         check(stage, opened)
-    student: Student | None = None
-    for i, stage in enumerate(stages):
-        last = i == len(stages) - 1
-        folder = out if last else out / "stages" / f"{i + 1}-{type(stage.objective).__name__.lower()}"
-        if (folder / "pipeline").is_dir():
-            student = load_student(folder / "pipeline", opened=opened)
-            continue
+    names = [f"{i}-{type(stage.objective).__name__.lower()}" for i, stage in enumerate(stages, 1)]
+    folders = [*(out / "stages" / name for name in names[:-1]), out]
+    finished = len(list(takewhile(lambda folder: (folder / "pipeline").is_dir(), folders)))
+    student = _student_of(stages, folders, finished, opened, out / "cache") if finished else None
+    for stage, folder in list(zip(stages, folders, strict=True))[finished:]:
         if stage.run.threads:
             torch.set_num_threads(stage.run.threads)
         built = build(stage, opened=opened, start=student, out=folder, cache=out / "cache")
@@ -79,6 +81,16 @@ def distill(recipe: Recipe, out: Path, *, resume: bool = False) -> Distilled:
         student = _train(built, stage, folder)
     opened.denoiser.to(recipe.run.device)
     return Distilled(student.to(recipe.run.device), opened, out / "pipeline")
+
+
+def _student_of(stages: list[Recipe], folders: list[Path], finished: int, opened: Opened, cache: Path) -> Student:
+    """The averaged student of the last finished stage, as the next one starts from it."""
+    stage, folder = stages[finished - 1], folders[finished - 1]
+    if stage.student.form == "full" or finished == len(stages):
+        return load_student(folder / "pipeline", opened=opened)
+    trainer = build(stage, opened=opened, out=folder, cache=cache).trainer  # what is exported has no adapters any more
+    trainer.resume()
+    return trainer.nets.ema
 
 
 def check(recipe: Recipe, opened: Opened) -> None:
@@ -96,13 +108,12 @@ def check(recipe: Recipe, opened: Opened) -> None:
     except (RuntimeError, AssertionError) as error:  # torch raises either, by device
         reason = str(error).splitlines()[0]
         raise ValueError(f"run.device {recipe.run.device!r}: cannot be used on this machine ({reason})") from error
-    teacher = Guided(opened.denoiser, recipe.teacher.guidance, opened.null)
+    teacher = guided(opened, recipe.teacher)
+    recipe.data.examples(opened, 1)
     if "disc" in recipe.players:
         new_discriminator(opened, recipe.heads, Nets({"teacher": teacher, "critic": opened.denoiser}))
-    if recipe.evaluation is not None and opened.sample_shape != DIGIT_SHAPE:
-        raise ValueError(
-            f"evaluation judges digits of shape {DIGIT_SHAPE}, this teacher makes {opened.sample_shape}; leave it out"
-        )
+    if recipe.evaluation is not None:
+        check_judged(opened)
     d = opened.denoiser
     check_exportable(Student(recipe.sampler, d.net, d.schedule, d.kind, d.call), opened)
 
@@ -145,41 +156,88 @@ def write_recipe(folder: Path, recipe: Recipe) -> None:
 def _train(built: Built, recipe: Recipe, folder: Path) -> Student:
     """Train one stage in ``folder``, from its newest checkpoint if there is one, and export its average."""
     trainer, opened = built.trainer, built.opened
-    trainer.preview = lambda net, index: preview(net, opened, folder / "samples" / f"{index:06d}.png")
+    shown = to_show(opened, recipe.data, recipe.teacher)
+    trainer.preview = lambda net, index: preview(net, opened, folder / "samples" / f"{index:06d}.png", shown)
     trainer.resume()
     trainer.fit()
-    method = type(recipe.objective).__name__
-    save_pipeline(trainer.nets.ema, opened, folder / "pipeline", teacher=recipe.teacher.source, method=method)
-    return trainer.nets.ema
+    student, method = trainer.nets.ema, type(recipe.objective).__name__
+    takes_scale = opened.family.guidance_input(network_of(student.net))
+    scale = told(recipe.teacher) if takes_scale else None
+    if isinstance(student.net, Adapted):  # before the pipeline, whose folder says that the stage is finished
+        save_lora(student, opened, folder / "lora", teacher=recipe.teacher.source, guidance=scale)
+    save_pipeline(student, opened, folder / "pipeline", teacher=recipe.teacher.source, method=method, guidance=scale)
+    return student
 
 
-def preview(student: Student, opened: Opened, path: Path, n: int = 40) -> None:
-    """A picture of the same ``n`` samples every time."""
-    device = next(student.parameters()).device
-    cond, shape = opened.family.examples(opened.pipeline, n), (n, *opened.sample_shape)
-    samples = sample(student, shape, cond, student.sampler, seed=PREVIEW_SEED, device=device)
-    save_grid(path, to_uint8(samples.cpu()), columns=10)
+@dataclass(frozen=True)
+class Shown:
+    """Conditions of pictures to look at, row by row; every row asks for the same."""
+
+    cond: Cond
+    """Each (rows * columns, ...)."""
+    rows: int
+    columns: int
+    captions: tuple[str, ...]
+    """Of the columns; none without text."""
 
 
-def side_by_side(students: Sequence[tuple[str, Student]], opened: Opened, teacher: Guided) -> list[Grid]:
-    """Teacher at 50 steps, teacher at each student's steps, and the students, all from the same noise."""
-    labels = torch.arange(10).repeat(4)
-    cond = opened.family.cond(opened.denoiser.net, {"labels": labels})
-    shape = (len(labels), *opened.sample_shape)
-    shown = [("teacher, 50 steps", teacher, Sampler(trailing(50), Ddim()))]
+def to_show(opened: Opened, data: Data, teacher: Teacher) -> Shown:
+    """The first classes or prompts of a recipe's data, several samples of each where samples are small."""
+    small = math.prod(opened.sample_shape) <= SMALL
+    rows, columns = (4, 10) if small else (1, 4)
+    captions = tuple(data.captions(columns))
+    columns = len(captions) or columns
+    cond = {k: v.repeat(rows, *[1] * (v.ndim - 1)) for k, v in data.examples(opened, columns).items()}
+    scale = told(teacher)
+    if scale is not None:
+        cond["guidance"] = torch.full((rows * columns,), scale)
+    return Shown(cond, rows, columns, captions)
+
+
+def told(teacher: Teacher) -> float | None:
+    """The guidance scale at which students of a whole range are looked at: its middle; None without a range."""
+    return None if teacher.guidance_range is None else sum(teacher.guidance_range) / 2
+
+
+def preview(student: Student, opened: Opened, path: Path, shown: Shown) -> None:
+    """A picture of the same samples every time."""
+    save_grid(path, _grid("", student, student.sampler, opened, shown).images, columns=shown.columns)
+
+
+def side_by_side(
+    students: Sequence[tuple[str, Student]], opened: Opened, teacher: Guided, shown: Shown | None = None
+) -> list[Grid]:
+    """Teacher at 50 steps, teacher at each student's steps, and the students, all from the same noise.
+
+    Args:
+        students: titles and students.
+        opened: the teacher's pipeline.
+        teacher: under its guidance.
+        shown: what to ask for; None for the first ten classes.
+    """
+    shown = shown or to_show(opened, Labels(), Teacher(""))
+    grids = [_grid("teacher, 50 steps", teacher, Sampler(trailing(50), Ddim()), opened, shown)]
     for title, student in students:
         k = student.sampler.steps
-        shown.append((f"teacher, {k} step{'s' if k > 1 else ''}", teacher, Sampler(trailing(k), Ddim())))
-        shown.append((title, student, student.sampler))
-    device = next(teacher.parameters()).device
-    return [
-        Grid(title, to_uint8(sample(predict, shape, cond, sampler, seed=PREVIEW_SEED, device=device).cpu()), 10)
-        for title, predict, sampler in shown
-    ]
+        name = f"teacher, {k} step{'s' if k > 1 else ''}"
+        if name not in [grid.title for grid in grids]:
+            grids.append(_grid(name, teacher, Sampler(trailing(k), Ddim()), opened, shown))
+        grids.append(_grid(title, student, student.sampler, opened, shown))
+    return grids
+
+
+def _grid(title: str, predict: Guided | Student, sampler: Sampler, opened: Opened, shown: Shown) -> Grid:
+    device = next(predict.parameters()).device
+    with lent(opened, device, vae=True):
+        n = shown.rows * shown.columns
+        images = torch.cat(list(pictures(predict, sampler, opened, shown.cond, n, seed=PREVIEW_SEED)))
+    return Grid(title, images, shown.columns, shown.captions)
 
 
 def evaluate_and_report(runs: Sequence[tuple[str, Recipe, Distilled]], out: Path, *, title: str) -> list[Record]:
     """Measure the teacher and the students of one or more runs that share it; write results.json and the report.
+
+    The students' model cards get their figures too.
 
     Args:
         runs: (name in tables, recipe, result) each; the first recipe's ``evaluation`` is the protocol.
@@ -190,21 +248,25 @@ def evaluate_and_report(runs: Sequence[tuple[str, Recipe, Distilled]], out: Path
         The records.
     """
     _, recipe, first = runs[0]
-    plan = recipe.evaluation
-    evaluator = DigitsEvaluator(n=plan.n)
-    opened = first.opened
-    teacher = Guided(opened.denoiser, recipe.teacher.guidance, opened.null, interval=recipe.teacher.interval)
+    plan, opened, scale = recipe.evaluation, first.opened, told(recipe.teacher)
+    evaluator = evaluator_for(opened, plan.n)
+    teacher = guided(opened, recipe.teacher if scale is None else replace(recipe.teacher, guidance=scale))
     records = bench_teacher(teacher, opened, evaluator, plan.teacher_steps, plan.seeds)
     for name, run_recipe, done in runs:
         method = type(run_recipe.objective).__name__
-        records += bench_student(done.student, opened, evaluator, plan.seeds, subject=name, method=method)
+        records += bench_student(done.student, opened, evaluator, plan.seeds, subject=name, method=method, told=scale)
+        seen = sorted((done.pipeline.parent / "samples").glob("*.png"))
+        add_figures(done.pipeline, [r for r in records if r.subject in ("teacher", name)], seen[-1] if seen else None)
     save_records(out / "results.json", records)
+    ceiling = [f"{metric_info(k).label} {v:.3g} {metric_info(k).unit}".strip() for k, v in evaluator.ceiling().items()]
+    students = [(name, done.student) for name, _, done in runs]
     write_report(
         out,
         title=title,
         records=records,
-        grids=side_by_side([(name, done.student) for name, _, done in runs], opened, teacher),
+        grids=side_by_side(students, opened, teacher, to_show(opened, recipe.data, recipe.teacher)),
         curves=out / "metrics.jsonl",
         load_code=load_lines(first.pipeline),
+        notes=f"Real images, measured the same way: {', '.join(ceiling)}." if ceiling else "",
     )
     return records

@@ -177,6 +177,11 @@ class Recipe:
         guided = self.teacher.guidance != 1 or self.teacher.guidance_range is not None
         if self.null_rate and guided:
             raise ValueError("null_rate keeps guidance for inference, so teacher.guidance must be 1, without a range")
+        if self.null_rate and "path" in self.objective.data:
+            raise ValueError(
+                f"null_rate would part the trajectories of {type(self.data).__name__} from their conditions; put empty "
+                "prompts among the data's own instead"
+            )
         if self.student.told_guidance and self.teacher.guidance_range is None:
             raise ValueError("student.told_guidance needs teacher.guidance_range, the scales it shall learn")
         if self.warm_start is not None and self.warm_start.student.form == "full" and self.student.form == "lora":

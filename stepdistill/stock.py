@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -9,14 +10,18 @@ import numpy as np
 import torch
 from diffusers import (
     CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
+    DiffusionPipeline,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     SchedulerMixin,
     TCDScheduler,
 )
+from torch import Tensor
 
 from stepdistill.models.families.base import Opened
 from stepdistill.models.families.edm import is_edm
@@ -26,18 +31,27 @@ from stepdistill.student import Student
 
 PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # those that all three VP schedulers can rebuild
+_TCD_ETA = 0.3
+"""Of TCDScheduler.step, for pipelines that pass none."""
 
 
-def stock_scheduler(student: Student, opened: Opened) -> SchedulerMixin:
+def stock_scheduler(student: Student, opened: Opened, guidance: float | None = None) -> SchedulerMixin:
     """The stock scheduler that samples in ``opened``'s pipeline as the student samples here.
+
+    Its config remembers, under ``_`` keys, which loaders leave alone: the trained steps (``_trained_steps``), and what
+    a stock call must be given besides (``_student``, see ``call_record``).
 
     Args:
         student: its sampler, schedule and kind.
         opened: the teacher.
+        guidance: the scale that calls pass; None is the family's.
 
     Raises:
         ValueError: if there is none; names the cure.
     """
+    mine, theirs = (type(s).__name__ for s in (student.schedule, opened.denoiser.schedule))
+    if mine != theirs:
+        raise ValueError(f"the student's schedule is {mine}; its teacher's pipeline samples on {theirs}")
     if isinstance(student.schedule, DiscreteVP):
         scheduler = _vp(student, opened)
     elif isinstance(student.schedule, RectifiedFlow):
@@ -51,8 +65,62 @@ def stock_scheduler(student: Student, opened: Opened) -> SchedulerMixin:
         )
     if not has_own_pipeline(opened):
         # these pipelines have no place for it; "_" keys pass unnoticed
-        scheduler.register_to_config(_trained_steps=[student.sampler.steps])
+        record = call_record(student, opened, guidance)
+        scheduler.register_to_config(_trained_steps=[student.sampler.steps], _student=record)
     return scheduler
+
+
+def call_record(student: Student, opened: Opened, guidance: float | None = None) -> dict[str, Any]:
+    """What a stock call of an exported student needs that neither its pipeline's class nor its weights say.
+
+    Returns:
+        ``call``: its arguments; ``takes``: the name of the conditions among them; ``times``: the trained grid;
+        ``shape``: of one sample; ``gamma``: of TCD's rule; ``seeded``: whether the noise between steps is drawn from
+        the generator that is passed, and not from torch's own.
+
+    Raises:
+        ValueError: if the pipeline has no place for one of them.
+    """
+    pipeline, family, rule = opened.pipeline, opened.family, student.sampler.rule
+    known = call_parameters(pipeline)
+    call = {"num_inference_steps": student.sampler.steps} | family.sampling(pipeline)
+    call |= dict(zip(("width", "height", "num_frames"), reversed(opened.size or ()), strict=False))
+    if guidance is not None:
+        if "guidance_scale" not in known:
+            raise ValueError(f"guidance {guidance}: {type(pipeline).__name__} takes none; leave it out")
+        call["guidance_scale"] = guidance
+    if isinstance(rule, Tcd) and student.sampler.steps > 1:
+        if "eta" in known:
+            call["eta"] = rule.gamma
+        elif rule.gamma != _TCD_ETA:
+            raise ValueError(
+                f"rule {rule}: {type(pipeline).__name__} passes no eta, so its scheduler takes {_TCD_ETA}; use "
+                f"Tcd({_TCD_ETA})"
+            )
+    conditions = {} if family.encode is not None else family.examples(pipeline, 1)
+    draws = student.sampler.steps > 1 and (isinstance(rule, Renoise) or (isinstance(rule, Tcd) and rule.gamma > 0))
+    return {
+        "call": call,
+        "takes": "prompt" if family.encode is not None else "class_labels" if conditions else "batch_size",
+        "times": list(student.sampler.times),
+        "shape": list(opened.sample_shape),
+        "gamma": rule.gamma if isinstance(rule, Tcd) else None,
+        "seeded": not draws or passes_generator(pipeline),
+    }
+
+
+def call_parameters(pipeline: DiffusionPipeline) -> set[str]:
+    """Names of the arguments of a pipeline's call."""
+    return set(inspect.signature(pipeline).parameters) if callable(pipeline) else set()
+
+
+def passes_generator(pipeline: DiffusionPipeline) -> bool:
+    """Whether the noise that is drawn between steps comes from the ``generator`` of the pipeline's call."""
+    if isinstance(pipeline, ConsistencyModelPipeline | DDIMPipeline):
+        return True
+    if not callable(pipeline):
+        return False
+    return "prepare_extra_step_kwargs" in inspect.unwrap(type(pipeline).__call__).__code__.co_names
 
 
 def has_own_pipeline(opened: Opened) -> bool:
@@ -75,7 +143,9 @@ def _vp(student: Student, opened: Opened) -> SchedulerMixin:
     plain = opened.family.name == "unet2d" and not has_own_pipeline(opened)  # a DDIMPipeline
     if plain and k == 1 and isinstance(rule, Renoise | Tcd):
         rule = Ddim()  # in one step all three are the clean estimate, and DDIM has a stock pipeline
-    config = _vp_config(student, opened.pipeline.scheduler)
+    # TCDScheduler ends at entry 0 of its table, and our own pipeline alone goes on to the data from there
+    lifted = isinstance(rule, Tcd) and not has_own_pipeline(opened)
+    config = _vp_config(student, opened.pipeline.scheduler, lifted)
     if isinstance(rule, Ddim):
         scheduler = DDIMScheduler(**config, timestep_spacing="trailing")
     elif isinstance(rule, Renoise | Tcd) and plain:
@@ -87,26 +157,43 @@ def _vp(student: Student, opened: Opened) -> SchedulerMixin:
         if k > 1 and rule.gamma > 0 and rule.table != n:
             raise ValueError(f"rule {rule}: TCDScheduler rounds to its {n} timesteps; train with table={n}")
         scheduler = TCDScheduler(**config, original_inference_steps=k)
+        if lifted:
+            scheduler.register_to_config(_first_alpha=float(opened.pipeline.scheduler.alphas_cumprod[0]))
     else:
         raise ValueError(f"rule {rule} in {k} steps: no stock scheduler does that; use Ddim(), Renoise() or Tcd()")
-    if not same_table(DiscreteVP(scheduler.alphas_cumprod), table):
+    if not same_table(DiscreteVP(vp_table(scheduler)), table):
         name = type(opened.pipeline.scheduler).__name__
         raise ValueError(f"{name}: its noise table cannot be rebuilt from its config; use DDIMScheduler")
     return scheduler
 
 
-def _vp_config(student: Student, teacher: SchedulerMixin) -> dict[str, Any]:
+def vp_table(scheduler: SchedulerMixin) -> Tensor:
+    """``alphas_cumprod`` of an exported student's scheduler as it was trained with (N,).
+
+    That of TCD starts at the data, so that its last step, which goes to the first entry, ends there.
+    """
+    table, first = scheduler.alphas_cumprod.clone(), scheduler.config.get("_first_alpha")
+    if first is not None:
+        table[0] = first
+    return table
+
+
+def _vp_config(student: Student, teacher: SchedulerMixin, lifted: bool) -> dict[str, Any]:
+    """The table's part of a config; ``lifted`` puts its first entry at the data."""
     config: dict[str, Any] = {
         "num_train_timesteps": student.schedule.n,
         "prediction_type": PREDICTION_TYPES[student.kind],
         "set_alpha_to_one": True,
         "clip_sample": False,
+        "steps_offset": 1,  # of no effect on these grids; Stable Diffusion's pipeline warns of any other
     }
     own, table = teacher.config, teacher.alphas_cumprod.double().cpu()
     bent = not torch.allclose((1 - teacher.betas.double().cpu()).cumprod(0), table, rtol=1e-3, atol=0)  # CogVideoX's
-    if bent or own.beta_schedule not in _BETA_SCHEDULES:
+    if lifted:
+        table = torch.cat([torch.ones(1, dtype=table.dtype), table[1:]])
+    if lifted or bent or own.beta_schedule not in _BETA_SCHEDULES:
         ratios = table / torch.cat([torch.ones(1, dtype=table.dtype), table[:-1]])
-        betas = 1 - ratios if bent else teacher.betas
+        betas = 1 - ratios if lifted or bent else teacher.betas
         return config | {"beta_schedule": "linear", "trained_betas": betas.tolist()}
     return config | {
         "beta_start": own.beta_start,
@@ -142,6 +229,16 @@ def _flow(student: Student, opened: Opened) -> SchedulerMixin:
             f"{[round(t, 4) for t in found]}; train on trailing({k})"
         )
     return scheduler
+
+
+def stock_times(scheduler: SchedulerMixin, schedule: Schedule, steps: int, passes_sigmas: bool) -> list[float]:
+    """The times, as fractions of ``t_max``, at which a pipeline with an exported scheduler calls its network."""
+    if isinstance(schedule, RectifiedFlow):
+        return flow_times(scheduler, steps, passes_sigmas)
+    scheduler.set_timesteps(steps)
+    if isinstance(schedule, EDM):
+        return (scheduler.sigmas[:-1] / schedule.t_max).tolist()
+    return ((scheduler.timesteps + 1) / scheduler.config.num_train_timesteps).tolist()
 
 
 def flow_times(scheduler: FlowMatchEulerDiscreteScheduler, steps: int, passes_sigmas: bool) -> list[float]:

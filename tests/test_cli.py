@@ -21,16 +21,22 @@ from safetensors.torch import load_file, save_file
 
 from stepdistill.build import new_student, open_teacher
 from stepdistill.cli import COMMANDS, USAGE, main
+from stepdistill.data import Prompts
 from stepdistill.distill import distill
 from stepdistill.evaluation.features import to_uint8
 from stepdistill.evaluation.records import load_records
 from stepdistill.evaluation.report import save_grid
 from stepdistill.export import load_student, save_pipeline
+from stepdistill.generate import sample
+from stepdistill.models.families import open_pipeline
 from stepdistill.objective import registered
+from stepdistill.objectives import DMD2
+from stepdistill.parts.gan import Gan
 from stepdistill.recipe import Recipe, Teacher
 from stepdistill.recipes import bundled, find
 from stepdistill.sampling import Sampler, trailing
-from stepdistill.trainer import Trainer
+from stepdistill.trainer import AdamW, Trainer
+from tests.tiny import sd
 
 TINY = """
 from stepdistill.data import DigitsData, TeacherPairs
@@ -207,6 +213,86 @@ def test_bench_writes_the_records_that_it_prints(run: Run, student: Path, tmp_pa
     assert {(r.role, r.steps) for r in records} == {("teacher", 1), ("teacher", 2), ("student", 2)}
     fd = {(r.role, r.steps): r.value for r in records if r.metric == "fd"}
     assert fd["student", 2] == fd["teacher", 2]  # an untrained student is its teacher
+
+
+# Prompts
+
+
+@pytest.fixture(scope="module")
+def from_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported student of a tiny text-to-image teacher, with the recipe that a run keeps beside it; not trained."""
+    run = tmp_path_factory.mktemp("from_prompts")
+    opened = open_pipeline(sd.pipeline())
+    save_pipeline(new_student(opened, Sampler(trailing(2))), opened, run / "pipeline")
+    recipe = Recipe(
+        Teacher("owner/name", guidance=2.0),
+        DMD2(gan=Gan(weight=0.0)),
+        Prompts(prompts=("a red ring", "rain", "sun")),
+        {"student": AdamW(), "critic": AdamW()},
+    )
+    (run / "recipe.json").write_text(recipe.to_json())
+    return run
+
+
+def test_sample_draws_prompts_by_the_stock_pipeline(run: Run, from_prompts: Path, tmp_path: Path) -> None:
+    ran = run("sample", from_prompts, "--prompts", "a cat", "a dog", "--rows", "3", "--seed", "5", "--out", "a.png")
+    assert ran.code == 0 and ran.out == "wrote a.png: 3 rows of 2 prompts\n"
+    save_grid(tmp_path / "b.png", sample(from_prompts, ["a cat", "a dog"] * 3, seed=5, output="uint8"), 2)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    (tmp_path / "p.jsonl").write_text('{"text": "a cat"}\n{"text": "a dog"}\n')
+    assert run("sample", from_prompts, "--prompts-file", "p.jsonl", "--rows", "3", "--seed", "5").code == 0
+    assert (tmp_path / "samples.png").read_bytes() == (tmp_path / "a.png").read_bytes()
+
+
+def test_sample_takes_the_runs_own_prompts_by_default(run: Run, from_prompts: Path) -> None:
+    assert run("sample", from_prompts).out == "wrote samples.png: 4 rows of 3 prompts\n"
+    assert run("sample", from_prompts / "pipeline").out == "wrote samples.png: 4 rows of 3 prompts\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "pattern"),
+    [
+        ("--labels 3", "--labels: .* takes prompts; give --prompts"),
+        ("--prompts a --prompts-file p.txt", "--prompts and --prompts-file are both given"),
+        ("--prompts-file p.txt", "--prompts-file p.txt: no such file"),
+        ("--prompts-file empty.txt", "--prompts-file empty.txt: no prompts in it"),
+        ("--prompts a --steps 4", "steps 4: this student was trained for 2"),
+    ],
+)
+def test_prompts_that_cannot_be_drawn_are_refused(
+    args: str, pattern: str, run: Run, from_prompts: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    assert_refused(run("sample", from_prompts, *args.split()), pattern)
+    assert tree(tmp_path) == {"empty.txt": b"\n"}
+
+
+def test_prompts_are_asked_for_where_none_are_known_and_refused_where_none_are_taken(
+    run: Run, from_prompts: Path, student: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(from_prompts / "pipeline", tmp_path / "alone")
+    assert_refused(run("sample", "alone"), '--prompts: alone takes prompts; give some, as in --prompts "a red circle"')
+    assert_refused(run("sample", student, "--prompts", "a cat"), "--prompts: .* takes no prompts")
+
+
+def test_bench_measures_students_of_one_teacher_that_can_be_judged(
+    run: Run, from_prompts: Path, student: Path, finished: Path, tmp_path: Path
+) -> None:
+    said = "have different teachers, bundled:digits at guidance 1.0 and owner/name at guidance 2.0; measure them one"
+    assert_refused(run("bench", student, from_prompts), said)
+    sd.pipeline().save_pretrained(tmp_path / "teacher")
+    recipe = (from_prompts / "recipe.json").read_text().replace("owner/name", str(tmp_path / "teacher"))
+    shutil.copytree(from_prompts, tmp_path / "run")
+    (tmp_path / "run/recipe.json").write_text(recipe)
+    assert_refused(run("bench", "run"), "evaluation judges digits .* makes samples of")
+    (tmp_path / "run/recipe.json").write_text("{")
+    assert_refused(run("bench", "run"), "run/recipe.json: not JSON")
+
+
+def test_bench_knows_a_runs_method(run: Run, finished: Path, tmp_path: Path) -> None:
+    assert run("bench", finished, "--n", "20", "--seeds", "0", "--teacher-steps", "2").code == 0
+    records = load_records(tmp_path / "results.json")
+    assert {(r.role, r.method, r.n) for r in records} == {("teacher", "-", 20), ("student", "KD", 20)}
 
 
 # What bad input gets

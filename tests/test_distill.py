@@ -5,31 +5,44 @@ from __future__ import annotations
 import json
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
 from PIL import Image
 from torch import Tensor, nn
 
 from stepdistill import quickstart as quickstart_module
-from stepdistill.build import open_teacher
-from stepdistill.data import DigitsData, Labels, TeacherPairs
-from stepdistill.distill import check, claim, distill, evaluate_and_report, preview, side_by_side
+from stepdistill.build import new_student, open_teacher
+from stepdistill.data import DigitsData, Labels, Prompts, TeacherPairs, image_shape
+from stepdistill.distill import (
+    PREVIEW_SEED,
+    check,
+    claim,
+    distill,
+    evaluate_and_report,
+    preview,
+    side_by_side,
+    to_show,
+)
+from stepdistill.evaluation.features import to_uint8
 from stepdistill.evaluation.records import load_records
 from stepdistill.export import load_lines, load_student
 from stepdistill.logging import Progress
 from stepdistill.models.denoiser import Guided
-from stepdistill.models.families import Opened
+from stepdistill.models.families import Opened, open_pipeline
 from stepdistill.objectives import DMD2, KD
 from stepdistill.parts.gan import Gan
+from stepdistill.parts.rollout import OneStep
 from stepdistill.quickstart import quickstart, reseeded
-from stepdistill.recipe import Evaluation, Recipe, Teacher
+from stepdistill.recipe import Evaluation, Recipe, Teacher, Weights
 from stepdistill.recipes import find
-from stepdistill.sampling import Ddim, DpmPP2M, Sampler, sample_rngs, trailing
+from stepdistill.sampling import Ddim, DpmPP2M, Sampler, sample, sample_rngs, trailing
 from stepdistill.trainer import AdamW, Run, Trainer
+from tests.tiny import sd, sd3, wan
 
 SHORT = Run(steps=6, batch=8, log_every=2, preview_every=3, save_every=2, ema=0.5)
 TINY = replace(
@@ -119,9 +132,10 @@ def test_what_is_exported_is_the_average_and_not_the_last_student(
 
 def test_previews_show_the_same_noise_every_time(tmp_path: Path, chain: Path, opened: Opened) -> None:
     student = load_student(chain / "pipeline")
-    preview(student, opened, tmp_path / "a.png")
+    shown = to_show(opened, CHAIN.data, CHAIN.teacher)
+    preview(student, opened, tmp_path / "a.png", shown)
     torch.manual_seed(1)
-    preview(student, opened, tmp_path / "b.png")
+    preview(student, opened, tmp_path / "b.png", shown)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
@@ -205,13 +219,98 @@ def test_a_folder_with_nothing_but_a_cache_is_free(tmp_path: Path) -> None:
         claim(tmp_path, TINY, resume=False)
 
 
+# Prompts
+
+
+@pytest.mark.parametrize(("pipeline", "form"), [(sd.pipeline, "full"), (sd.pipeline, "lora"), (sd3.pipeline, "full")])
+def test_a_text_to_image_pipeline_is_distilled_from_prompts_and_resumed(
+    pipeline: Callable[[], DiffusionPipeline], form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression on trajectories, then data-free DMD2; the folder holds the whole stock pipeline."""
+    pipeline().save_pretrained(tmp_path / "teacher")
+    prompts = Prompts(prompts=("a red ring", "rain", "sun"))
+    pairs = Recipe(
+        teacher=Teacher(str(tmp_path / "teacher"), guidance=2.0, negative="blurry"),
+        objective=KD(),
+        data=TeacherPairs(4, solver=Sampler(trailing(2)), prompts=prompts),
+        optim={"student": AdamW(1e-3)},
+        sampler=Sampler(trailing(1)),
+        run=Run(steps=2, batch=2),
+        student=Weights(form=form, rank=2),
+    )
+    recipe = replace(
+        pairs,
+        objective=DMD2(OneStep(), gan=Gan(weight=0.0)),
+        data=prompts,
+        optim={"student": AdamW(1e-3), "critic": AdamW(1e-3)},
+        run=Run(steps=2, batch=2, save_every=1),
+        warm_start=pairs,
+    )
+    step = Trainer.step
+
+    def stopping(trainer: Trainer, index: int) -> dict[str, Tensor]:
+        if isinstance(trainer.objective, DMD2) and index == 0:
+            signal.raise_signal(signal.SIGINT)
+        return step(trainer, index)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Trainer, "step", stopping)
+        distill(recipe, tmp_path / "run")
+    resumed = distill(recipe, tmp_path / "run", resume=True)
+    whole = distill(recipe, tmp_path / "whole")
+    assert torch.equal(weights(load_student(resumed.pipeline)), weights(load_student(whole.pipeline)))
+    assert (tmp_path / "run/samples/000002.png").read_bytes() == (tmp_path / "whole/samples/000002.png").read_bytes()
+    assert {"text_encoder", "vae"} < {path.name for path in whole.pipeline.iterdir()}
+    width, height = Image.open(tmp_path / "whole/samples/000002.png").size
+    assert 3 * 32 <= width < 3 * 40 and height > width  # a column for each prompt, four rows
+
+
+def test_pictures_of_prompts_are_decoded_and_named() -> None:
+    opened = open_pipeline(sd.pipeline())
+    shown = to_show(opened, Prompts(prompts=("a", "b")), Teacher("x"))
+    assert (shown.rows, shown.columns, shown.captions) == (4, 2, ("a", "b"))
+    student = new_student(opened, Sampler(trailing(1)))
+    grids = side_by_side([("student", student)], opened, Guided(opened.denoiser), shown)
+    assert grids[0].images.shape == (8, 3, 16, 16) and all(grid.captions == ("a", "b") for grid in grids)
+    assert torch.equal(grids[1].images, grids[2].images)  # it is the teacher in one step
+    latents = sample(student, (8, 4, 8, 8), opened.encode(["a", "b"] * 4), student.sampler, seed=PREVIEW_SEED)
+    torch.testing.assert_close(grids[2].images, to_uint8(opened.decode(latents)), rtol=0, atol=1)
+
+
+def test_of_a_video_three_frames_are_shown() -> None:
+    opened = open_pipeline(wan.pipeline(), size=(5, 16, 16))
+    shown = to_show(opened, Prompts(prompts=("a",)), Teacher("x"))
+    student = new_student(opened, Sampler(trailing(1)))
+    (_, _, grid) = side_by_side([("student", student)], opened, Guided(opened.denoiser), shown)
+    frames, height, width = image_shape(opened)[1:]
+    assert frames > 1 and grid.images.shape[1:] == (3, height, 3 * width)
+
+
+def test_students_of_a_range_of_guidance_are_looked_at_in_its_middle() -> None:
+    opened, teacher = open_pipeline(sd.pipeline()), Teacher("x", guidance_range=(2.0, 4.0))
+    shown = to_show(opened, Prompts(prompts=("a",)), teacher)
+    assert shown.cond["guidance"].tolist() == [3.0] * 4
+    student = new_student(opened, Sampler(trailing(1)), Weights(told_guidance=True))
+    assert len(side_by_side([("student", student)], opened, Guided(opened.denoiser, 1.0, opened.null), shown)) == 3
+
+
+def test_text_pipelines_need_prompts_and_classes_labels(opened: Opened) -> None:
+    text = open_pipeline(sd.pipeline())
+    with pytest.raises(ValueError, match="data DigitsData gives no prompts, and StableDiffusionPipeline takes"):
+        check(replace(CHAIN, evaluation=None), text)
+    with pytest.raises(ValueError, match="takes no prompts"):
+        check(replace(TINY, data=replace(TINY.data, prompts=Prompts(prompts=("a",)))), opened)
+    with pytest.raises(ValueError, match=r"evaluation judges digits .* StableDiffusionPipeline, makes samples of"):
+        check(replace(TINY, data=replace(TINY.data, prompts=Prompts(prompts=("a",)))), text)
+
+
 # What cannot be done
 
 
 def test_an_evaluation_of_anything_but_digits_is_refused_before_training(opened: Opened) -> None:
     check(TINY, opened)
     large = replace(opened, sample_shape=(1, 16, 16))
-    with pytest.raises(ValueError, match=r"evaluation judges digits of shape \(1, 8, 8\), this teacher makes \(1, 16"):
+    with pytest.raises(ValueError, match=r"evaluation judges digits of shape .*, makes samples of \(1, 16, 16\)"):
         check(TINY, large)
     check(replace(TINY, evaluation=None), large)
 

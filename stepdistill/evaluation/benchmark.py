@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
+from stepdistill.data import image_shape, lent
 from stepdistill.evaluation.digits import DigitsEvaluator
 from stepdistill.evaluation.features import to_uint8
 from stepdistill.evaluation.records import SECONDS, Record, device_name, records_from_scores
@@ -17,9 +21,78 @@ from stepdistill.models.families import Opened
 from stepdistill.sampling import Ddim, Sampler, sample, trailing
 from stepdistill.student import Student
 
+AT_ONCE = 250
+"""Images sampled together."""
+
+
+class Evaluator(Protocol):
+    """A benchmark: what to ask for, and scores of what comes back."""
+
+    n: int
+    """Images of one evaluation."""
+
+    def cond(self, opened: Opened) -> Cond:
+        """Conditions of the images to make, each (n, ...)."""
+        ...
+
+    def scores(self, images: Tensor) -> dict[str, float]:
+        """Every metric of images uint8 (n, 3, H, W), in the order of ``cond``."""
+        ...
+
+    def ceiling(self) -> dict[str, float]:
+        """What real images score; empty where there are none to spare."""
+        ...
+
+    def protocol(self, metric: str) -> dict[str, int | str]:
+        """What two numbers of a metric must share to be compared: keywords of ``records_from_scores``."""
+        ...
+
+
+def evaluator_for(opened: Opened, n: int) -> Evaluator:
+    """The bundled benchmark that fits what a teacher makes: digits, or captioned shapes.
+
+    Args:
+        opened: the teacher.
+        n: images of one evaluation.
+
+    Raises:
+        ValueError: if none does.
+        FileNotFoundError: if a judge's file is missing.
+    """
+    check_judged(opened)
+    if is_digits(opened):
+        return DigitsEvaluator(n)
+    from stepdistill.evaluation.alignment import ShapesEvaluator  # open_clip takes its time
+
+    return ShapesEvaluator(n)
+
+
+def check_judged(opened: Opened) -> None:
+    """Make sure, before any training, that there is a benchmark for what a teacher makes.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if not is_digits(opened) and not is_shapes(opened):
+        raise ValueError(
+            "evaluation judges digits of shape (1, 8, 8) and captioned shapes of 32x32 pixels; this teacher, "
+            f"{type(opened.pipeline).__name__}, makes samples of {opened.sample_shape}; leave evaluation out"
+        )
+
+
+def is_digits(opened: Opened) -> bool:
+    """Whether a teacher makes what the judge of digits takes."""
+    return opened.sample_shape == (1, 8, 8) and opened.family.cond is not None
+
+
+def is_shapes(opened: Opened) -> bool:
+    """Whether a teacher makes what the judges of shapes take."""
+    small = max(opened.sample_shape[1:]) <= 32
+    return small and opened.family.encode is not None and image_shape(opened) == (3, 32, 32)
+
 
 def bench_teacher(
-    teacher: Guided, opened: Opened, evaluator: DigitsEvaluator, steps: Sequence[int], seeds: Sequence[int]
+    teacher: Guided, opened: Opened, evaluator: Evaluator, steps: Sequence[int], seeds: Sequence[int]
 ) -> list[Record]:
     """The teacher under DDIM at several step counts.
 
@@ -42,62 +115,111 @@ def bench_teacher(
 
 
 def bench_student(
-    student: Student, opened: Opened, evaluator: DigitsEvaluator, seeds: Sequence[int], *, subject: str, method: str
+    student: Student,
+    opened: Opened,
+    evaluator: Evaluator,
+    seeds: Sequence[int],
+    *,
+    subject: str,
+    method: str,
+    told: float | None = None,
 ) -> list[Record]:
-    """A student under its own sampler; arguments as ``bench_teacher``, with names for the tables."""
-    return _bench(student, student.sampler, opened, evaluator, seeds, subject, "student", method, 1.0)
+    """A student under its own sampler; arguments as ``bench_teacher``, with names for the tables.
+
+    ``told`` is the guidance scale that a student is given which takes one as an input.
+    """
+    return _bench(student, student.sampler, opened, evaluator, seeds, subject, "student", method, 1.0, told)
 
 
 def _bench(
     predict: Guided | Student,
     sampler: Sampler,
     opened: Opened,
-    evaluator: DigitsEvaluator,
+    evaluator: Evaluator,
     seeds: Sequence[int],
     subject: str,
     role: str,
     method: str,
     guidance: float,
+    told: float | None = None,
 ) -> list[Record]:
-    cond = opened.family.cond(opened.denoiser.net, {"labels": evaluator.labels})
-    shape = (evaluator.n, *opened.sample_shape)
     device = next(opened.denoiser.parameters()).device
-    seconds = _seconds_per_image(predict, sampler, cond, shape, device)
+    nfe = sampler.evaluations * (2 if guidance != 1 and not getattr(predict, "told", False) else 1)
     scores = []
-    with Progress(f"{subject}, {sampler.steps} steps", 0, len(seeds)) as progress:
+    with lent(opened, device, vae=False):
+        cond = {k: v.cpu() for k, v in evaluator.cond(opened).items()}
+    if isinstance(predict, Student) and told is not None:
+        cond["guidance"] = torch.full((evaluator.n,), told)
+    with lent(opened, device, vae=True), Progress(f"{subject}, {sampler.steps} steps", 0, len(seeds)) as progress:
+        seconds = _seconds_per_image(predict, sampler, opened, cond, min(100, evaluator.n))
         for seed in seeds:
-            images = to_uint8(sample(predict, shape, cond, sampler, seed=seed, batch=250, device=device).cpu())
-            scores.append(evaluator.scores(images, evaluator.labels) | {SECONDS: seconds})
+            images = torch.cat(list(pictures(predict, sampler, opened, cond, evaluator.n, seed=seed)))
+            scores.append(evaluator.scores(images) | {SECONDS: seconds})
             progress.advance()
-    records = records_from_scores(
-        subject=subject,
-        role=role,
-        method=method,
-        sampler=type(sampler.rule).__name__.lower(),
-        steps=sampler.steps,
-        nfe=sampler.evaluations * (2 if guidance != 1 else 1),
-        guidance=guidance,
-        scores_per_seed=scores,
-        seeds=list(seeds),
-        device=device_name(device),
-        **evaluator.protocol(),
-    )
+    records = []
+    for metrics, protocol in _ways(evaluator, list(scores[0])):
+        records += records_from_scores(
+            subject=subject,
+            role=role,
+            method=method,
+            sampler=type(sampler.rule).__name__.lower(),
+            steps=sampler.steps,
+            nfe=nfe,
+            guidance=guidance,
+            scores_per_seed=[{metric: score[metric] for metric in metrics} for score in scores],
+            seeds=list(seeds),
+            device=device_name(device),
+            **protocol,
+        )
     return records
 
 
-def _seconds_per_image(
-    predict: Guided | Student,
-    sampler: Sampler,
-    cond: Cond,
-    shape: tuple[int, ...],
-    device: torch.device,
-    batch: int = 100,
-) -> float:
-    """Median of three timed batches, after one that warms up."""
+def _ways(evaluator: Evaluator, metrics: list[str]) -> list[tuple[list[str], dict[str, int | str]]]:
+    """Metrics that share a protocol, and that protocol, in order of appearance."""
+    ways: list[tuple[list[str], dict[str, int | str]]] = []
+    for metric in metrics:
+        protocol = evaluator.protocol(metric)
+        same = next((names for names, known in ways if known == protocol), None)
+        if same is None:
+            ways.append(([metric], protocol))
+        else:
+            same.append(metric)
+    return ways
+
+
+@torch.no_grad()
+def pictures(
+    predict: Guided | Student, sampler: Sampler, opened: Opened, cond: Cond, n: int, *, seed: int
+) -> Iterator[Tensor]:
+    """Decoded samples as they would be saved, uint8 (B, 3, H, W) on the CPU, batch by batch; of videos three frames.
+
+    Args:
+        predict: who is sampled.
+        sampler: how.
+        opened: the teacher, whose pipeline decodes.
+        cond: conditions, each (n, ...).
+        n: pictures in all.
+        seed: of the noise.
+    """
+    device = next(predict.parameters()).device
+    at_once = max(1, min(AT_ONCE, 2**21 // math.prod(opened.sample_shape)))
+    for start in range(0, n, at_once):
+        part = {k: v[start : start + at_once] for k, v in cond.items()}
+        shape = (min(at_once, n - start), *opened.sample_shape)
+        latents = sample(predict, shape, part, sampler, seed=seed, first=start, device=device)
+        images = opened.decode(latents)
+        if images.ndim == 5:  # of a video the first, the middle and the last frame, side by side
+            images = torch.cat([images[:, :, t] for t in (0, images.shape[2] // 2, -1)], -1)
+        yield to_uint8(images).cpu()
+
+
+def _seconds_per_image(predict: Guided | Student, sampler: Sampler, opened: Opened, cond: Cond, batch: int) -> float:
+    """Median of three timed batches, decoded, after one that warms up."""
     part = {k: v[:batch] for k, v in cond.items()}
     times = []
     for _ in range(4):
         start = time.perf_counter()
-        sample(predict, (min(batch, shape[0]), *shape[1:]), part, sampler, device=device).cpu()
-        times.append((time.perf_counter() - start) / min(batch, shape[0]))
+        for _ in pictures(predict, sampler, opened, part, batch, seed=0):
+            pass
+        times.append((time.perf_counter() - start) / batch)
     return statistics.median(times[1:])

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from stepdistill.data import load_digits
 from stepdistill.evaluation.features import DigitFeatures, Pixels, to_uint8
-from stepdistill.evaluation.metrics import MeanCov, density_coverage, frechet_distance, precision_recall
+from stepdistill.evaluation.metrics import MeanCov, density_coverage, percent_of_variance, precision_recall
+from stepdistill.models.denoiser import Cond
+from stepdistill.models.families import Opened
 
 DIGIT_CLASSIFIER = Path(__file__).parents[2] / "assets" / "digits" / "classifier.safetensors"
 """The bundled judge of a source checkout."""
@@ -54,12 +56,17 @@ class DigitsEvaluator:
         self.labels = torch.arange(n) % CLASSES
         """The classes to generate, (n,) int64."""
 
-    def scores(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+    def cond(self, opened: Opened) -> Cond:
+        """Conditions of ``labels``; none for an unconditional teacher."""
+        known = opened.family.examples(opened.pipeline, 1)
+        return opened.family.cond(opened.denoiser.net, {"labels": self.labels} if known else {})
+
+    def scores(self, images: Tensor, labels: Tensor | None = None) -> dict[str, float]:
         """Every metric of one set of generated digits, all in percent.
 
         Args:
             images: uint8 (n, 3, 8, 8), grey.
-            labels: the class each image was asked to be, int64 (n,), equal to ``self.labels``.
+            labels: the class each image was asked to be, int64 (n,), if that is to be checked against ``self.labels``.
 
         Returns:
             ``fd`` (classifier features) and ``pix`` (raw pixels), Frechet distance over the real total variance;
@@ -72,7 +79,7 @@ class DigitsEvaluator:
         """
         if len(images) != self.n:
             raise ValueError(f"images must number n={self.n}, got {len(images)}; scores of other counts do not compare")
-        if not torch.equal(labels.cpu(), self.labels):
+        if labels is not None and not torch.equal(labels.cpu(), self.labels):
             raise ValueError(f"labels must be arange({self.n}) % {CLASSES}; uneven classes swamp the Frechet distance")
         features = self.classifier(images)
         nearby = features[: len(self.real_features)]
@@ -80,8 +87,8 @@ class DigitsEvaluator:
         density, coverage = density_coverage(self.real_features, nearby, self.k)
         suffix = "" if self.k == STANDARD_K else f"_k{self.k}"
         return {
-            "fd": _percent_of_variance(self.real, MeanCov.of(features)),
-            "pix": _percent_of_variance(self.real_pixels, MeanCov.of(self.pixels(images))),
+            "fd": percent_of_variance(self.real, MeanCov.of(features)),
+            "pix": percent_of_variance(self.real_pixels, MeanCov.of(self.pixels(images))),
             f"precision{suffix}": 100 * precision,
             f"recall{suffix}": 100 * recall,
             f"density{suffix}": 100 * density,
@@ -89,15 +96,18 @@ class DigitsEvaluator:
             "accuracy": 100 * float((self.classifier.predict(images) == self.labels).double().mean()),
         }
 
-    def protocol(self) -> dict[str, int | str]:
-        """What two numbers must share to be compared; the keywords that ``records_from_scores`` asks for."""
+    def ceiling(self) -> dict[str, float]:
+        """Nothing: there are too few real digits to be judged as ``n`` generated ones are."""
+        return {}
+
+    def protocol(self, metric: str = "fd") -> dict[str, int | str]:
+        """What two numbers must share to be compared; the keywords that ``records_from_scores`` asks for.
+
+        One judge and one reference serve all metrics.
+        """
         return {
             "n": self.n,
             "extractor_sha256": self.extractor_sha256,
             "reference_sha256": self.reference_sha256,
             "resize": "none",
         }
-
-
-def _percent_of_variance(real: MeanCov, fake: MeanCov) -> float:
-    return 100 * frechet_distance(real, fake) / float(real.cov.trace())

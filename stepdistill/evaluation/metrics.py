@@ -120,6 +120,11 @@ def frechet_distance(a: MeanCov, b: MeanCov) -> float:
     return float(gap @ gap + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
+def percent_of_variance(real: MeanCov, fake: MeanCov) -> float:
+    """Frechet distance over the real features' total variance, in percent: 100 is one point, at the real mean."""
+    return 100 * frechet_distance(real, fake) / float(real.cov.trace())
+
+
 class PrecisionRecall(NamedTuple):
     """Fractions in [0, 1]; read them together, since noise has high recall and a collapsed generator high precision."""
 

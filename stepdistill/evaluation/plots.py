@@ -32,7 +32,7 @@ INK = "#1c2733"
 COLOURS = ("#2f81c7", "#d9662b", "#2a9d78", "#b65fa3", "#c2931c", "#7b7fd6", "#c4475b", "#4aa3b5")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":")
-QUALITY = ("fd", "pix", "kid", "alignment", "clip_score")
+QUALITY = ("fd", "pix", "fd_clip", "kid", "alignment", "clip_score")
 """What is worth plotting against steps."""
 
 

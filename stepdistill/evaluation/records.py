@@ -39,17 +39,21 @@ class MetricInfo(NamedTuple):
 METRICS: dict[str, MetricInfo] = {
     "fd": MetricInfo("FD", "%", "lower"),
     "pix": MetricInfo("pixel FD", "%", "lower"),
+    "fd_clip": MetricInfo("CLIP FD", "%", "lower"),
     "kid": MetricInfo("KID", "", "lower"),
     "precision": MetricInfo("precision", "%", "higher"),
     "recall": MetricInfo("recall", "%", "higher"),
     "density": MetricInfo("density", "%", ""),
     "coverage": MetricInfo("coverage", "%", "higher"),
     "accuracy": MetricInfo("accuracy", "%", "higher"),
-    "alignment": MetricInfo("alignment", "", "higher"),
+    "alignment": MetricInfo("alignment", "%", "higher"),
     "clip_score": MetricInfo("CLIP score", "", "higher"),
     SECONDS: MetricInfo("time", "s / image", "lower"),
 }
 """In the order in which tables show them, the first being the one that sums a result up."""
+
+BRIEF = ("fd", "pix", "fd_clip", "precision", "recall", "coverage", "alignment", "clip_score")
+"""What a short table shows, of what was measured."""
 
 
 def metric_info(metric: str) -> MetricInfo:
@@ -246,6 +250,12 @@ def mean_and_ci95(values: Sequence[float]) -> tuple[float, float | None]:
         return float(values[0]), None
     half = float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(values))
     return statistics.fmean(values), half
+
+
+def brief_table(records: Sequence[Record]) -> str:
+    """``markdown_table`` of the metrics in ``BRIEF`` that the records hold."""
+    present = metrics_of(records)
+    return markdown_table(records, [metric for metric in BRIEF if metric in present])
 
 
 def check_same_protocol(records: Sequence[Record]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +51,7 @@ class Grid(NamedTuple):
     title: str
     images: Tensor  # uint8 (R * C, 3, H, W), row by row
     columns: int
+    captions: tuple[str, ...] = ()  # of the columns, from the left
 
 
 def image_grid(images: Tensor, columns: int, scale: int = 1) -> Image.Image:
@@ -212,7 +213,7 @@ def _table_caption(records: Sequence[Record]) -> str:
     return f'<p class="small">{text} Click a heading to sort.</p>'
 
 
-def _grids(grids: Iterable[Grid]) -> str:
+def _grids(grids: Sequence[Grid]) -> str:
     figures = []
     for grid in grids:
         factor = math.ceil(grid.images.shape[-1] / LARGEST_TILE)
@@ -222,7 +223,13 @@ def _grids(grids: Iterable[Grid]) -> str:
         alt = f"{grid.title}: {len(images)} images in rows of {grid.columns}"
         image = f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'
         figures.append(f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>")
-    return f'<div class="grids">{"".join(figures)}</div>'
+    lists = [
+        '<p class="small">Columns, from the left: '
+        + "; ".join(f"{i}. {escape(caption)}" for i, caption in enumerate(captions, 1))
+        + "</p>"
+        for captions in dict.fromkeys(grid.captions for grid in grids if grid.captions)
+    ]
+    return f'<div class="grids">{"".join(figures)}</div>{"".join(lists)}'
 
 
 def _plots(records: Sequence[Record]) -> str:

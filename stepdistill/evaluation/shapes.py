@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
+import open_clip
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from stepdistill.paths import project_dir
 from stepdistill.shapes import HEADS
 
 FEATURES = 128
@@ -73,3 +77,31 @@ def load_shapes_classifier(path: str | PathLike[str]) -> ShapesClassifier:
     except RuntimeError as error:
         raise ValueError(f"{path} is not a shapes classifier: {error}") from error
     return model.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class ShapesJudges:
+    """What judges generated scenes: right attributes, and agreement of image and text by a network trained apart."""
+
+    classifier: ShapesClassifier
+    clip: nn.Module
+    tokenize: Callable[[list[str]], Tensor]
+
+    @torch.no_grad()
+    def clip_scores(self, images: Tensor, texts: list[str]) -> Tensor:
+        """100 times the cosine of each image's embedding and its text's, (B,), of images (B, 3, 32, 32) in [-1, 1]."""
+        image = F.normalize(self.clip.encode_image(images), dim=1)
+        text = F.normalize(self.clip.encode_text(self.tokenize(texts)), dim=1)
+        return 100 * (image * text).sum(1)
+
+
+def load_judges(folder: str | PathLike[str] | None = None) -> ShapesJudges:
+    """Both judges on the CPU, float32, in eval mode, without gradients.
+
+    Args:
+        folder: holds ``classifier.safetensors`` and ``clip/``; None for the bundled ``assets/shapes-judges``.
+    """
+    folder = project_dir("assets") / "shapes-judges" if folder is None else Path(folder)
+    name = f"local-dir:{folder / 'clip'}"
+    clip = open_clip.create_model(name).eval().requires_grad_(False)
+    return ShapesJudges(load_shapes_classifier(folder / "classifier.safetensors"), clip, open_clip.get_tokenizer(name))

@@ -163,9 +163,7 @@ def test_a_pipeline_without_text_refuses_prompts() -> None:
 
 @pytest.mark.parametrize("size", [(16,), (16, 17), (0, 16), (4, 16, 16)])
 def test_a_size_that_cannot_be_made_is_named(size: tuple[int, ...]) -> None:
-    with pytest.raises(
-        ValueError, match=r"teacher\.size .*makes 2 sides, .*such as \[16, 16\]"
-    ):
+    with pytest.raises(ValueError, match=r"teacher\.size .*makes 2 sides, .*such as \[16, 16\]"):
         open_pipeline(sd.pipeline(), size=size)
 
 

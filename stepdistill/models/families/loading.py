@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 
 def load_pipeline(source: str | Path, *, custom_pipeline: str | None = None) -> DiffusionPipeline:
@@ -31,14 +34,15 @@ def load_pipeline(source: str | Path, *, custom_pipeline: str | None = None) -> 
             f"custom_pipeline {custom_pipeline!r}: code is run from a local file for a local folder only; "
             "download both, read the code, and name the file"
         )
-    absent: dict[str, None] = {}
+    parts: dict[str, Any] = {}
     index: dict[str, Any] = {}
     if local:
         index = _read_index(path)
         _refuse_foreign_code(path, index, custom_pipeline)
         _check_folders(path, index)
         # some pipelines (SD3 without T5) must be told once more which parts are not there
-        absent = {name: None for name, part in index.items() if part == [None, None]}
+        parts = {name: None for name, part in index.items() if part == [None, None]}
+        parts |= load_networks(path, index, torch.float32)
     try:
         pipeline = DiffusionPipeline.from_pretrained(
             source,
@@ -47,7 +51,7 @@ def load_pipeline(source: str | Path, *, custom_pipeline: str | None = None) -> 
             use_safetensors=True,  # a pickle is never opened
             low_cpu_mem_usage=False,
             **({"trust_remote_code": True} if custom_pipeline else {}),
-            **absent,
+            **parts,
         )
     except Exception as error:  # whatever the loaders raise, the user needs one line that names the source
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -55,6 +59,52 @@ def load_pipeline(source: str | Path, *, custom_pipeline: str | None = None) -> 
     if "_max_sequence_length" in index:  # an argument of the call that pipelines cannot record, so loading drops it
         pipeline.register_to_config(_max_sequence_length=index["_max_sequence_length"])
     return pipeline
+
+
+def load_networks(
+    folder: Path, index: Mapping[str, Any], dtype: torch.dtype, variant: str | None = None
+) -> dict[str, nn.Module]:
+    """The networks of a pipeline folder by stock classes, every weight of which comes from its files.
+
+    Stock loading makes up what a file lacks, and drops what it cannot place, with a warning.
+
+    Args:
+        folder: of the pipeline.
+        index: its model_index.json.
+        dtype: of all weights.
+        variant: which weights, where there are several.
+
+    Raises:
+        ValueError: if one cannot be loaded, or config.json and the weights are of two models.
+    """
+    networks = {}
+    for name, part in index.items():
+        if not (isinstance(part, list) and part[0] in ("diffusers", "transformers") and (folder / name).is_dir()):
+            continue
+        cls = component_class(part)
+        if issubclass(cls, nn.Module):
+            networks[name] = _load_network(folder / name, cls, dtype, variant)
+    return networks
+
+
+def component_class(part: Sequence[str]) -> type:
+    """The class that an entry of model_index.json names."""
+    library, name = part
+    return getattr(importlib.import_module(library), name)
+
+
+def _load_network(folder: Path, cls: type, dtype: torch.dtype, variant: str | None) -> nn.Module:
+    try:
+        network, info = cls.from_pretrained(
+            folder, dtype=dtype, variant=variant, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # whatever the loaders raise, the user needs one line that names the folder
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{folder}: {cls.__name__} cannot be loaded ({reason}); get the pipeline again") from error
+    wrong = [f"{key} is {kind}" for kind in ("missing", "unexpected", "mismatched") for key in info[f"{kind}_keys"]]
+    if wrong:
+        raise ValueError(f"{folder}: weight {sorted(wrong)[0]}; config.json and the weights are of two models")
+    return network
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -112,7 +162,9 @@ def check_parts(pipeline: DiffusionPipeline) -> None:
                 )
         if part.startswith("tokenizer") and module is not None:
             encoder = pipeline.components.get(part.replace("tokenizer", "text_encoder"))
-            rows = encoder.get_input_embeddings().num_embeddings if encoder is not None else len(module)
+            if encoder is None or not isinstance(module, PreTrainedTokenizerBase):  # a processor holds more than text
+                continue
+            rows = encoder.get_input_embeddings().num_embeddings
             if len(module) > rows:
                 raise ValueError(
                     f"{name}.{part} has {len(module)} ids, and its text encoder knows {rows}; they are of two models"

@@ -1,0 +1,135 @@
+"""Recipes on the bundled text-to-image teachers, captioned shapes of 32x32 pixels: minutes on one core of a CPU."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from stepdistill.data import Data, ShapesData, ShapesPrompts, TeacherPairs
+from stepdistill.functional.distances import Huber
+from stepdistill.objective import Objective
+from stepdistill.objectives import CD, DMD2, KD, TSCD
+from stepdistill.parts.gan import Gan
+from stepdistill.parts.rollout import BackwardSim, OneStep
+from stepdistill.parts.segments import Segments
+from stepdistill.recipe import Evaluation, Recipe, Teacher, Weights
+from stepdistill.sampling import Ddim, DpmPP2M, Renoise, Sampler, Tcd, trailing
+from stepdistill.trainer import AdamW, Run
+
+TeacherName = Literal["shapes-sd", "shapes-sd3"]
+
+GUIDANCE = 3.0
+ONE_STEP = Sampler(trailing(1), Ddim())
+FOUR_STEPS = Sampler(trailing(4), Ddim())
+PAIRS = TeacherPairs(count=4000, solver=Sampler(trailing(8), DpmPP2M()), prompts=ShapesPrompts())
+SCENES = ShapesData()
+
+STUDENT = AdamW(4e-4, decay="linear")
+"""For targets that move with the student."""
+REGRESSION = AdamW(1e-3, decay="linear")
+"""For targets that stand still."""
+GAME = {
+    "student": AdamW(1e-4, betas=(0.0, 0.999), decay="linear"),
+    "critic": AdamW(5e-4, betas=(0.0, 0.999), decay="linear"),
+    "disc": AdamW(1e-3, betas=(0.0, 0.99)),
+}
+"""Players that chase each other: no momentum, the critic five times as fast as the student."""
+ADAPTERS = Weights(form="lora", rank=32)
+
+
+def _on_shapes(
+    teacher: TeacherName,
+    objective: Objective,
+    data: Data,
+    optim: dict[str, AdamW],
+    steps: int,
+    sampler: Sampler,
+    *,
+    clip: float = 1.0,
+    student: Weights = Weights(),  # noqa: B008 (frozen)
+    critic: Weights = Weights(),  # noqa: B008 (frozen)
+    warm_start: Recipe | None = None,
+) -> Recipe:
+    return Recipe(
+        teacher=Teacher(f"bundled:{teacher}", guidance=GUIDANCE),
+        objective=objective,
+        data=data,
+        optim=optim,
+        sampler=sampler,
+        run=Run(steps=steps, batch=32, ema=0.99, clip=clip, threads=1),
+        student=student,
+        critic=critic,
+        evaluation=Evaluation(n=1000, teacher_steps=(1, 4, 25)),
+        warm_start=warm_start,
+    )
+
+
+def _kd(teacher: TeacherName, sampler: Sampler, student: Weights = Weights()) -> Recipe:  # noqa: B008 (frozen)
+    objective, optim = KD(distance=Huber(0.03)), {"student": REGRESSION}
+    return _on_shapes(teacher, objective, PAIRS, optim, 900, sampler, student=student)
+
+
+def _dmd2(
+    teacher: TeacherName,
+    sampler: Sampler,
+    student: Weights = Weights(),  # noqa: B008 (frozen)
+    critic: Weights = Weights(),  # noqa: B008 (frozen)
+) -> Recipe:
+    """Regression, then a short DMD2; the critic starts near the student, so two updates per student update do."""
+    rollout = OneStep() if sampler.steps == 1 else BackwardSim(last_only=True)
+    objective = DMD2(rollout=rollout, gan=Gan(weight=1.0), student_every=2)
+    start = _kd(teacher, sampler, student)
+    return _on_shapes(
+        teacher, objective, SCENES, GAME, 200, sampler, clip=10.0, student=student, critic=critic, warm_start=start
+    )
+
+
+def shapes_sd_kd() -> Recipe:
+    """SD teacher, noise-image regression: one step."""
+    return _kd("shapes-sd", ONE_STEP)
+
+
+def shapes_sd_dmd2() -> Recipe:
+    """SD teacher, regression as warm-up, then DMD2: one step."""
+    return _dmd2("shapes-sd", ONE_STEP)
+
+
+def shapes_sd_dmd2_4step() -> Recipe:
+    """SD teacher, regression along the path, then DMD2 by backward simulation: four steps."""
+    return _dmd2("shapes-sd", FOUR_STEPS)
+
+
+def shapes_sd_lora() -> Recipe:
+    """SD teacher, the one-step recipe with a student of LoRA adapters."""
+    return _dmd2("shapes-sd", ONE_STEP, student=ADAPTERS)
+
+
+def shapes_sd_shared() -> Recipe:
+    """SD teacher, the one-step recipe with student and critic as adapters of the teacher's own network."""
+    return _dmd2("shapes-sd", ONE_STEP, student=ADAPTERS, critic=ADAPTERS)
+
+
+def shapes_sd_cd() -> Recipe:
+    """SD teacher, consistency distillation: four steps with fresh noise between."""
+    objective = CD(grid_start=8, grid_end=16, grow_until=400)
+    return _on_shapes("shapes-sd", objective, SCENES, {"student": STUDENT}, 800, Sampler(trailing(4), Renoise()))
+
+
+def shapes_sd_tscd() -> Recipe:
+    """SD teacher, four trajectory segments: four steps."""
+    objective = TSCD(segments=Segments(4, 16), to_edge=0.5)
+    return _on_shapes("shapes-sd", objective, SCENES, {"student": STUDENT}, 800, Sampler(trailing(4), Tcd(0.0)))
+
+
+def shapes_sd3_kd() -> Recipe:
+    """SD3 teacher, noise-image regression: one step."""
+    return _kd("shapes-sd3", ONE_STEP)
+
+
+def shapes_sd3_dmd2() -> Recipe:
+    """SD3 teacher, regression as warm-up, then DMD2: one step."""
+    return _dmd2("shapes-sd3", ONE_STEP)
+
+
+def shapes_sd3_dmd2_4step() -> Recipe:
+    """SD3 teacher, regression along the path, then DMD2 by backward simulation: four steps."""
+    return _dmd2("shapes-sd3", FOUR_STEPS)
