@@ -18,6 +18,7 @@ from stepdistill.objective import Batch, Step
 from stepdistill.objectives import CD, KD
 from stepdistill.recipe import Recipe, Teacher, Weights
 from stepdistill.recipes import find
+from stepdistill.sampling import Sampler
 from stepdistill.schedule import RectifiedFlow
 from tests.tiny import sd
 
@@ -109,7 +110,7 @@ def test_text_conditions_are_dropped_whole() -> None:
     [
         ({"null_rate": 1.0}, "null_rate must lie in"),
         ({"null_rate": 0.1, "teacher": Teacher("bundled:digits", guidance=2.0)}, "teacher.guidance must be 1"),
-        ({"objective": KD(), "data": TeacherPairs(), "null_rate": 0.1}, "put empty prompts among the data's own"),
+        ({"objective": KD(), "data": TeacherPairs(), "sampler": Sampler(), "null_rate": 0.1}, "put empty prompts"),
         ({"student": Weights(told_guidance=True)}, "needs teacher.guidance_range"),
     ],
 )

@@ -12,7 +12,7 @@ from stepdistill.data import TeacherPairs
 from stepdistill.recipes import bundled
 
 
-@pytest.mark.parametrize("name", sorted(bundled()))
+@pytest.mark.parametrize("name", sorted(name for name in bundled() if name.startswith("digits_")))
 def test_a_step_in_bfloat16_stays_finite_and_near_float32(name: str) -> None:
     recipe = replace(bundled()[name](), warm_start=None)
     if isinstance(recipe.data, TeacherPairs):
