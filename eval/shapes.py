@@ -30,6 +30,7 @@ from stepdistill.evaluation.shapes import load_judges
 from stepdistill.export import load_student
 from stepdistill.models.denoiser import Denoiser, Guided
 from stepdistill.models.families import open_pipeline
+from stepdistill.paths import project_dir
 from stepdistill.recipe import Teacher
 from stepdistill.recipes import find
 from stepdistill.sampling import Ddim, Sampler, sample, trailing
@@ -55,8 +56,9 @@ GUIDED = "shapes_sd_guided"
 class Arguments:
     """The published figures of the shapes benchmark."""
 
-    teacher: Literal["sd", "sd3", "negatives"] = "sd"
-    """Whose students; or what negative prompts do to the SD teacher and to a student that keeps guidance."""
+    teacher: Literal["sd", "sd3", "manifests", "negatives"] = "sd"
+    """Whose students; or the teachers' own figures, from their manifests; or what negative prompts do to the SD teacher
+    and to a student that keeps guidance."""
     recipes: tuple[str, ...] = ()
     """Recipes under train/; empty takes the published ones."""
     seeds: tuple[int, ...] = (0,)
@@ -75,6 +77,9 @@ def main(given: Arguments) -> None:
     """Run everything that is not there yet, then write tables and figures."""
     torch.set_num_threads(1)
     given.out.mkdir(parents=True, exist_ok=True)
+    if given.teacher == "manifests":
+        put_into_readme("shapes-teachers", manifests())
+        return
     if given.teacher == "negatives":
         negatives(given)
         return
@@ -94,6 +99,17 @@ def main(given: Arguments) -> None:
         put_into_readme(f"shapes-{given.teacher}", text)
     print(text)
     pictures(given, teacher, recipes)
+
+
+def manifests() -> str:
+    """The teachers' figures as their manifests have them, as Markdown."""
+    lines = ["| teacher | 50 steps | 4 steps | 1 step | 50 steps, Frechet distance | real images |", "|" + " --- |" * 6]
+    for name in ("shapes-sd", "shapes-sd3"):
+        figures = json.loads((project_dir("assets") / name / "MANIFEST.json").read_text())["figures"]
+        exact = [f"{100 * figures[f'steps_{k}']['exact']:.1f} %" for k in (50, 4, 1)]
+        distances = [f"{figures[k]['frechet']:.1f}" for k in ("steps_50", "real")]
+        lines.append(f"| {name} | {' | '.join(exact + distances)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _ceiling(records: Sequence[Record]) -> str:

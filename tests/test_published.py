@@ -36,6 +36,23 @@ def test_students_have_at_least_three_training_seeds() -> None:
         assert subject == "teacher" or int(seeds) >= 3
 
 
+def test_the_teachers_table_holds_their_manifests() -> None:
+    table = rows("shapes-teachers")
+    assert [cells[0] for cells in table] == ["shapes-sd", "shapes-sd3"]
+    for name, *cells in table:
+        figures = json.loads((ROOT / "assets" / name / "MANIFEST.json").read_text())["figures"]
+        for cell, steps in zip(cells, (50, 4, 1), strict=False):
+            assert float(cell.removesuffix(" %")) == round(100 * figures[f"steps_{steps}"]["exact"], 1)
+
+
+def test_the_backbone_table_holds_the_records() -> None:
+    stored = json.loads((ROOT / "eval" / "backbone.json").read_text())["rows"]
+    table = rows("backbone")
+    assert len(table) == len(stored) > 0
+    for row, cells in zip(stored, table, strict=True):
+        assert cells[0] == row["network"] and float(cells[4]) == round(row["ratio"], 2)
+
+
 def test_the_overhead_table_holds_the_records() -> None:
     stored = json.loads((ROOT / "eval" / "overhead.json").read_text())["rows"]
     table = rows("overhead")

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from stepdistill.folders import make_public
 from stepdistill.paths import project_dir
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -37,13 +38,13 @@ def save_pipeline(pipe: DiffusionPipeline, folder: Path) -> None:
     for path in folder.rglob("*.safetensors"):
         weights = {name: value.half() for name, value in load_file(path).items()}
         save_file(weights, path, metadata={"format": "pt"})
+    make_public(folder)
 
 
 def hashes(folder: Path) -> dict[str, dict[str, str | int]]:
     """SHA-256 and size of every file but the manifest."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "MANIFEST.json"):
-        path.chmod(0o644)  # safetensors writes files that only their owner can read
         data = path.read_bytes()
         files[path.relative_to(folder).as_posix()] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     return files
