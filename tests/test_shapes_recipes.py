@@ -36,7 +36,7 @@ def small(recipe: Recipe) -> Recipe:
 
 
 def test_there_is_a_recipe_for_each_method_and_teacher() -> None:
-    assert len(RECIPES) == 10 and {name.split("_")[1] for name in RECIPES} == {"sd", "sd3"}
+    assert len(RECIPES) == 11 and {name.split("_")[1] for name in RECIPES} == {"sd", "sd3"}
 
 
 @pytest.mark.parametrize("name", RECIPES)

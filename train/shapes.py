@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from stepdistill.data import Data, ShapesData, ShapesPrompts, TeacherPairs
@@ -118,6 +119,12 @@ def shapes_sd_tscd() -> Recipe:
     """SD teacher, four trajectory segments: four steps."""
     objective = TSCD(segments=Segments(4, 16), to_edge=0.5)
     return _on_shapes("shapes-sd", objective, SCENES, {"student": STUDENT}, 800, Sampler(trailing(4), Tcd(0.0)))
+
+
+def shapes_sd_guided() -> Recipe:
+    """SD teacher without guidance, and the empty prompt too: four steps that take guidance and negative prompts."""
+    recipe = shapes_sd_tscd()
+    return replace(recipe, teacher=replace(recipe.teacher, guidance=1.0), null_rate=0.15, evaluation=None)
 
 
 def shapes_sd3_kd() -> Recipe:
