@@ -85,7 +85,8 @@ def start_from(student: Student, start: Student) -> None:
         mine.load_state_dict(merged_state(theirs) if merge else theirs.state_dict())
     except RuntimeError as error:
         raise ValueError(
-            "warm_start: its student's network differs from this one's in " + str(error).splitlines()[1].strip()
+            "warm_start: its student's network differs from this one's; "
+            + str(error).splitlines()[1].split(",")[0].strip()
         ) from error
 
 

@@ -182,6 +182,11 @@ class Recipe:
                 f"null_rate would part the trajectories of {type(self.data).__name__} from their conditions; put empty "
                 "prompts among the data's own instead"
             )
+        if self.teacher.guidance_range is not None and "path" in self.objective.data:
+            raise ValueError(
+                f"teacher.guidance_range: the trajectories of {type(self.data).__name__} are made under one scale; use "
+                "teacher.guidance, or another objective"
+            )
         if self.student.told_guidance and self.teacher.guidance_range is None:
             raise ValueError("student.told_guidance needs teacher.guidance_range, the scales it shall learn")
         if self.warm_start is not None and self.warm_start.student.form == "full" and self.student.form == "lora":

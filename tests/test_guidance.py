@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from stepdistill.build import build, guided, with_guidance
+from stepdistill.build import build, guided, new_student, start_from, with_guidance
 from stepdistill.data import TeacherPairs
 from stepdistill.models.denoiser import Denoiser, Guided
 from stepdistill.models.families import open_pipeline
@@ -111,6 +111,15 @@ def test_text_conditions_are_dropped_whole() -> None:
         ({"null_rate": 1.0}, "null_rate must lie in"),
         ({"null_rate": 0.1, "teacher": Teacher("bundled:digits", guidance=2.0)}, "teacher.guidance must be 1"),
         ({"objective": KD(), "data": TeacherPairs(), "sampler": Sampler(), "null_rate": 0.1}, "put empty prompts"),
+        (
+            {
+                "objective": KD(),
+                "data": TeacherPairs(),
+                "sampler": Sampler(),
+                "teacher": Teacher("x", guidance_range=(1, 2)),
+            },
+            "made under one scale",
+        ),
         ({"student": Weights(told_guidance=True)}, "needs teacher.guidance_range"),
     ],
 )
@@ -140,7 +149,6 @@ def test_a_student_told_its_guidance_and_its_critic_train_on_the_scale() -> None
     told = replace(recipe(), teacher=Teacher("x", guidance_range=(1.0, 8.0)), student=Weights(told_guidance=True))
     cond = opened.encode(["a", "b"])
     source = with_guidance(lambda step: Batch(cond, (2, 4, 8, 8), x0=torch.randn(2, 4, 8, 8)), told, opened)
-    from stepdistill.build import new_student
 
     student = new_student(opened, told.sampler, told.student)
     batch = source(Step.at(0, 0))
@@ -151,3 +159,11 @@ def test_a_student_told_its_guidance_and_its_critic_train_on_the_scale() -> None
     with pytest.raises(ValueError, match="told the guidance scale"):
         student(batch.x0, t, cond)
     assert isinstance(told.objective, CD)
+
+
+def test_a_warm_start_of_another_shape_is_named_in_one_line() -> None:
+    opened = open_pipeline(sd.pipeline())
+    small, whole = (new_student(opened, Sampler(), Weights(layers=n)) for n in (1, 0))
+    with pytest.raises(ValueError, match=r"warm_start: its student's network differs from this one's; ") as caught:
+        start_from(whole, small)
+    assert len(str(caught.value)) < 200
