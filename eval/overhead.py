@@ -1,4 +1,6 @@
-"""Update time over the time of its bare network evaluations, and bytes held by autograd, for any recipe and size.
+"""Update time over the time of its bare network evaluations, and bytes held by autograd, for any recipe.
+
+Digits recipes are measured on networks of several widths, those of other teachers on the teacher's own.
 
     python eval/overhead.py digits_dmd2/no-gan digits_cd --widths 16,32 32,64 64,128 --out eval/overhead.json
 
@@ -23,6 +25,8 @@ from stepdistill.evaluation.records import device_name, installed_versions
 from stepdistill.models.families import open_pipeline
 from stepdistill.profiling import measure
 
+DIGITS = "bundled:digits"
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -35,6 +39,12 @@ class Arguments:
         "digits_cd",
         "digits_tscd",
         "digits_ladd",
+        "shapes_sd_dmd2/no-gan",
+        "shapes_sd_dmd2",
+        "shapes_sd_kd",
+        "shapes_sd_tscd",
+        "shapes_sd_shared/no-gan",
+        "shapes_sd3_dmd2/no-gan",
     )
     """Names under train/; ``name/no-gan`` leaves the adversarial term out."""
     widths: tuple[str, ...] = ("16,32", "32,64")
@@ -54,8 +64,10 @@ def main(given: Arguments) -> list[dict[str, object]]:
     torch.set_num_threads(given.threads)
     rows: list[dict[str, object]] = []
     for name in given.recipes:
-        for width in given.widths:
-            rows += measure_recipe(name, tuple(map(int, width.split(","))), given)
+        teacher = recipe_of(name).teacher
+        widths = [tuple(map(int, w.split(","))) for w in given.widths] if teacher.source == DIGITS else [None]
+        for width in widths:
+            rows += measure_recipe(name, width, given)
     if given.out:
         record = {"device": device_name("cpu"), "versions": installed_versions(), "rows": rows}
         given.out.write_text(json.dumps(record, indent=1) + "\n")
@@ -79,19 +91,20 @@ def table(rows: list[dict[str, object]], device: str) -> str:
     return "\n".join(lines) + f"\n\n{note}\n"
 
 
-def measure_recipe(name: str, width: tuple[int, ...], given: Arguments) -> list[dict[str, object]]:
-    """All kinds of update of one recipe on a digits-like network of the given width, random weights."""
+def measure_recipe(name: str, width: tuple[int, ...] | None, given: Arguments) -> list[dict[str, object]]:
+    """All kinds of update of one recipe on a digits-like network of a width, random weights, or on its teacher's."""
     recipe = recipe_of(name)
     recipe = replace(
         recipe, warm_start=None, run=replace(recipe.run, batch=given.batch), data=_small(recipe.data, given.batch)
     )
     opened = open_teacher(recipe.teacher)
-    pipeline = copy.copy(opened.pipeline)
-    config = dict(opened.denoiser.net.config) | {"block_out_channels": width}
-    pipeline.unet = UNet2DModel.from_config(config)
-    widened = open_pipeline(pipeline)
-    trainer = build(recipe, opened=widened).trainer
-    params = sum(p.numel() for p in widened.denoiser.parameters())
+    if width is not None:
+        pipeline = copy.copy(opened.pipeline)
+        config = dict(opened.denoiser.net.config) | {"block_out_channels": width}
+        pipeline.unet = UNet2DModel.from_config(config)
+        opened = open_pipeline(pipeline)
+    params = sum(p.numel() for p in opened.denoiser.parameters())
+    trainer = build(recipe, opened=opened).trainer
     kinds = {0: "+".join(t.name for t in trainer.turns)}
     if any(turn.every > 1 for turn in trainer.turns):
         kinds[1] = "+".join(t.name for t in trainer.turns if t.every == 1)
