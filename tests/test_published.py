@@ -36,6 +36,19 @@ def test_students_have_at_least_three_training_seeds() -> None:
         assert subject == "teacher" or int(seeds) >= 3
 
 
+def test_the_shapes_table_holds_medians_of_the_records() -> None:
+    values: dict[tuple[str, str, str], list[float]] = {}
+    for r in load_records(ROOT / "eval" / "shapes" / "sd.json"):
+        values.setdefault((r.subject.split(" #")[0], str(r.steps), r.metric), []).append(r.value)
+    table = rows("shapes-sd")
+    assert len(table) >= 6
+    for subject, steps, _, seeds, alignment, fd, *_ in table:
+        for metric, cell, digits in (("alignment", alignment, 1), ("fd", fd, 2)):
+            stored = values[subject, steps, metric]
+            assert len(stored) == int(seeds)
+            assert cell.split()[0] == f"{statistics.median(stored):.{digits}f}"
+
+
 def test_the_teachers_table_holds_their_manifests() -> None:
     table = rows("shapes-teachers")
     assert [cells[0] for cells in table] == ["shapes-sd", "shapes-sd3"]
