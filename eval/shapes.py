@@ -29,12 +29,12 @@ from stepdistill.evaluation.report import image_grid
 from stepdistill.evaluation.shapes import load_judges
 from stepdistill.export import load_student
 from stepdistill.models.denoiser import Denoiser, Guided
-from stepdistill.models.families import open_pipeline
+from stepdistill.models.families import Opened, open_pipeline
 from stepdistill.paths import project_dir
 from stepdistill.recipe import Teacher
 from stepdistill.recipes import find
 from stepdistill.sampling import Ddim, Sampler, sample, trailing
-from stepdistill.shapes import COLOURS, HEADS
+from stepdistill.shapes import COLOURS, HEADS, SHAPES
 
 HERE = Path(__file__).resolve().parent / "shapes"
 METRICS = {"alignment": 1, "fd": 2, "fd_clip": 2, "clip_score": 1, "precision": 1, "recall": 1, "coverage": 1}
@@ -93,7 +93,7 @@ def main(given: Arguments) -> None:
         "is right, by the attribute classifier, in per cent; fd and fd_clip: Frechet distances in per cent of the real "
         "variance on classifier and open_clip features. Real scenes: " + _ceiling(records) + "."
     )
-    text = f"{table([r for r in records if r.role != 'real'], METRICS)}\n{note}\n"
+    text = f"{table(records, METRICS)}\n{note}\n"
     (given.out / f"{given.teacher}.md").write_text(text)
     if given.out == HERE:
         put_into_readme(f"shapes-{given.teacher}", text)
@@ -171,12 +171,11 @@ def negatives(given: Arguments) -> None:
 
 
 def share_of(
-    colour: str, denoiser: Denoiser, sampler: Sampler, opened: object, negative: str, guidance: float, n: int
+    colour: str, denoiser: Denoiser, sampler: Sampler, opened: Opened, negative: str, guidance: float, n: int
 ) -> float:
     """How many of ``n`` objects that may have any colour come out in ``colour``."""
     named = open_pipeline(opened.pipeline, negative=negative)
-    shapes = ("circle", "square", "triangle", "ring")
-    cond = named.encode([f"a {shapes[i % 4]} on a white background" for i in range(n)])
+    cond = named.encode([f"a {SHAPES[i % len(SHAPES)]} on a white background" for i in range(n)])
     predict = Guided(denoiser, guidance, named.null)
     latents = sample(predict, (n, *named.sample_shape), cond, sampler, seed=0)
     seen = load_judges().classifier.attributes(_scaled(to_uint8(named.decode(latents))))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stepdistill import shapes
 from stepdistill.data.base import MEMORY, Data, Setting, cached, companions, epochs, lent, placed, weights_hash
-from stepdistill.data.prompts import encoded, read_utf8, text_of
+from stepdistill.data.prompts import check_made_up, encoded, read_utf8, text_of
 from stepdistill.logging import Progress
 from stepdistill.models.families import Opened
 from stepdistill.objective import Batch, Step
@@ -233,10 +233,7 @@ class ShapesData(ImageSource):
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
-        if self.count < 1:
-            raise ValueError(f"data.count must be at least 1; got {self.count}")
-        if not 0 <= self.dropout <= 1:
-            raise ValueError(f"data.dropout must lie in [0, 1]; got {self.dropout}")
+        check_made_up(self.count, self.dropout)
 
     def texts(self) -> list[str]:
         """See ``ImageSource``."""

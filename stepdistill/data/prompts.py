@@ -85,6 +85,18 @@ class Prompts(PromptSource):
         return list(self.prompts) or read_prompts(Path(self.file))
 
 
+def check_made_up(count: int, dropout: float) -> None:
+    """Ranges of whatever draws scenes.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    if count < 1:
+        raise ValueError(f"data.count must be at least 1; got {count}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"data.dropout must lie in [0, 1]; got {dropout}")
+
+
 @dataclass(frozen=True)
 class ShapesPrompts(PromptSource):
     """Captions of random scenes of ``stepdistill.shapes``, what the bundled text-to-image teachers know."""
@@ -98,10 +110,7 @@ class ShapesPrompts(PromptSource):
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
-        if self.count < 1:
-            raise ValueError(f"data.count must be at least 1; got {self.count}")
-        if not 0 <= self.dropout <= 1:
-            raise ValueError(f"data.dropout must lie in [0, 1]; got {self.dropout}")
+        check_made_up(self.count, self.dropout)
 
     def texts(self) -> list[str]:
         """See ``PromptSource``."""

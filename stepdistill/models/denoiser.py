@@ -126,13 +126,13 @@ class Guided(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond, *, want: Kind = "x0") -> Tensor:
         """The guided prediction; shapes as ``Denoiser.forward``. Gradients flow to ``x_t``, never to parameters."""
+        if self.scale == 1.0 and "guidance" not in cond and not self.told:
+            return self.denoiser(x_t, t, cond, want=want)
         low, high = (f * self.schedule.t_max for f in self.interval)
         scale = cond["guidance"].to(t) if "guidance" in cond else torch.full_like(t, self.scale)
         scale = torch.where((t >= low) & (t <= high), scale, 1.0)
         if self.told:
             return self.denoiser(x_t, t, {**cond, "guidance": scale.to(x_t)}, want=want)
-        if self.scale == 1.0 and "guidance" not in cond:
-            return self.denoiser(x_t, t, cond, want=want)
         cond = {k: v for k, v in cond.items() if k != "guidance"}
         if not cond or not self.null:
             raise ValueError(f"guidance {self.scale} without conditions would compare the network with itself")
