@@ -136,7 +136,7 @@ def _run_name(recipe: str) -> str:
     path = Path(recipe)
     if path.suffix == ".json":
         return f"{path.absolute().parent.name}-again"
-    return recipe.rpartition(":")[2] if ":" in recipe else path.stem
+    return (recipe.rpartition(":")[2] if ":" in recipe else path.stem).replace("@", "-")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
@@ -17,9 +18,9 @@ from stepdistill.recipe import Recipe, suggest
 T = TypeVar("T")
 
 
-def bundled() -> dict[str, Callable[[], Recipe]]:
-    """All recipe functions under train/, by name."""
-    found: dict[str, Callable[[], Recipe]] = {}
+def bundled() -> dict[str, Callable[..., Recipe]]:
+    """All recipe functions under train/, by name; some take ``steps``."""
+    found: dict[str, Callable[..., Recipe]] = {}
     for path in sorted(project_dir("train").glob("*.py")):
         if "-> Recipe" in path.read_text():  # scripts that make teachers stand there too
             found |= _recipes_in(_import(path))
@@ -31,15 +32,18 @@ def find(name: str) -> Recipe:
 
     Args:
         name: a function under train/, ``file.py`` (with one recipe), ``file.py:function``, or a ``recipe.json``.
+            ``function@4`` asks a function that takes ``steps`` for a student of four steps.
 
     Raises:
-        ValueError: if there is none, with a close name; or if a file cannot be run.
+        ValueError: if there is none, with a close name; or if it takes no steps, or not that many; or if a file cannot
+            be run.
         FileNotFoundError: if a file is named that is not there.
     """
-    path_text, _, function = name.partition(":") if ".py" in name else (name, "", "")
+    named, _, steps = name.partition("@")
+    path_text, _, function = named.partition(":") if ".py" in named else (named, "", "")
     path = Path(path_text)
     if path.suffix not in (".json", ".py"):
-        recipes, function = bundled(), name
+        recipes, function = bundled(), named
     elif not path.is_file():
         raise FileNotFoundError(f"recipe {name!r}: no such file")
     elif path.suffix == ".json":
@@ -50,10 +54,19 @@ def find(name: str) -> Recipe:
             raise ValueError(f"recipe {name!r}: choose one of {', '.join(f'{name}:{r}' for r in sorted(recipes))}")
         function = function or next(iter(recipes), "")
     if not recipes:
-        raise ValueError(f"recipe {name!r}: no function there that takes nothing and is declared `-> Recipe`")
+        raise ValueError(
+            f"recipe {name!r}: no function there that needs no arguments and is declared `-> Recipe`"
+        )
     if function not in recipes:
         raise ValueError(f"recipe {function!r}: not known{suggest(function, recipes)}")
-    return _run(recipes[function], f"recipe {name!r}")
+    if not steps:
+        return _run(recipes[function], f"recipe {name!r}")
+    if "steps" not in inspect.signature(recipes[function]).parameters or not steps.isdigit():
+        serving = [r for r, f in recipes.items() if "steps" in inspect.signature(f).parameters]
+        raise ValueError(
+            f"recipe {name!r}: @ is followed by a number of steps, for {', '.join(serving) or 'none here'}"
+        )
+    return _run(partial(recipes[function], steps=int(steps)), f"recipe {name!r}")
 
 
 def _import(path: Path) -> ModuleType:
@@ -80,7 +93,7 @@ def _run(code: Callable[[], T], what: str) -> T:
         raise ValueError(f"{what}: {kind}{error}") from error
 
 
-def _recipes_in(module: ModuleType) -> dict[str, Callable[[], Recipe]]:
+def _recipes_in(module: ModuleType) -> dict[str, Callable[..., Recipe]]:
     return {
         name: function
         for name, function in vars(module).items()
@@ -88,5 +101,5 @@ def _recipes_in(module: ModuleType) -> dict[str, Callable[[], Recipe]]:
         and not name.startswith("_")
         and function.__module__ == module.__name__
         and function.__annotations__.get("return") in ("Recipe", Recipe)
-        and not inspect.signature(function).parameters
+        and all(p.default is not p.empty for p in inspect.signature(function).parameters.values())
     }

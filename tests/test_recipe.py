@@ -352,7 +352,7 @@ def test_of_several_recipes_in_a_file_one_must_be_named(tmp_path: Path) -> None:
 def test_helpers_and_imported_names_are_no_recipes(tmp_path: Path) -> None:
     helpers = "def _private() -> Recipe: ...\ndef with_argument(n: int) -> Recipe: ...\ndef other() -> int: ...\n"
     path = file_of(tmp_path, helpers)
-    with pytest.raises(ValueError, match=r"no function there that takes nothing and is declared `-> Recipe`"):
+    with pytest.raises(ValueError, match=r"no function there that needs no arguments and is declared `-> Recipe`"):
         recipes.find(str(path))
     assert recipes.find(str(file_of(tmp_path, helpers, ONE, name="more.py"))) == recipes.find("digits_kd")
 
