@@ -54,9 +54,7 @@ def find(name: str) -> Recipe:
             raise ValueError(f"recipe {name!r}: choose one of {', '.join(f'{name}:{r}' for r in sorted(recipes))}")
         function = function or next(iter(recipes), "")
     if not recipes:
-        raise ValueError(
-            f"recipe {name!r}: no function there that needs no arguments and is declared `-> Recipe`"
-        )
+        raise ValueError(f"recipe {name!r}: no function there that needs no arguments and is declared `-> Recipe`")
     if function not in recipes:
         raise ValueError(f"recipe {function!r}: not known{suggest(function, recipes)}")
     if not steps:

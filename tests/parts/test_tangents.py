@@ -32,7 +32,7 @@ def test_both_agree_on_the_bundled_networks(name: str) -> None:
     n, rng = 3, torch.Generator().manual_seed(0)
     x, dx = (torch.randn(n, *opened.sample_shape, generator=rng) for _ in range(2))
     t = torch.tensor([0.2, 0.5, 0.83], dtype=torch.float64)
-    cond = {"labels": torch.arange(n)} if name == "digits" else opened.encode(["a red circle"] * n)
+    cond = {"class_labels": torch.arange(n)} if name == "digits" else opened.encode(["a red circle"] * n)
     predict = opened.denoiser.requires_grad_(False).double()
     cond = {k: v.double() if v.is_floating_point() else v for k, v in cond.items()}
 
