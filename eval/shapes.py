@@ -48,7 +48,7 @@ RECIPES = {
     ),
     "sd3": ("shapes_sd3_dmd2", "shapes_sd3_dmd2_4step"),
 }
-GUIDED = "shapes_sd_guided"
+GUIDED = "shapes_sd_keeps_guidance"
 """The recipe whose student keeps guidance and negative prompts."""
 
 
