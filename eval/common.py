@@ -18,11 +18,15 @@ from stepdistill.distill import distill
 from stepdistill.evaluation.benchmark import bench_student, bench_teacher, evaluator_for
 from stepdistill.evaluation.records import Record, check_same_protocol, load_records, save_records
 from stepdistill.export import load_student
+from stepdistill.plan import plan
 from stepdistill.quickstart import reseeded
 from stepdistill.recipe import Recipe, Teacher
 from stepdistill.recipes import find
 
 RUNS = Path(__file__).resolve().parents[1] / "runs" / "eval"
+
+BUDGET = 300_000
+"""Network evaluations of one sample that each method may spend, a backward pass counting as two."""
 
 GAN_COST = 1.34
 """Two steps of digits_dmd2 over two without a GAN, in the milliseconds of overhead.json (0.64 M parameters)."""
@@ -33,7 +37,8 @@ def recipe_of(name: str, seed: int = 0) -> Recipe:
 
     Args:
         name: a recipe's name; ``name/no-gan`` switches its adversarial term off, ``name/no-gan-equal-cost`` spends
-            the time saved on more steps.
+            the time saved on more steps, ``name/budget`` lasts for ``BUDGET`` network evaluations,
+            ``name/apart`` puts each role's adapters on a network of its own.
         seed: of training, warm starts included.
 
     Raises:
@@ -44,11 +49,40 @@ def recipe_of(name: str, seed: int = 0) -> Recipe:
     if variant in ("no-gan", "no-gan-equal-cost"):
         objective = replace(recipe.objective, gan=replace(recipe.objective.gan, weight=0.0))
         recipe = replace(recipe, objective=objective)
+    elif variant == "budget":
+        recipe = on_budget(recipe)
+    elif variant == "apart":
+        recipe = apart(recipe)
     elif variant:
-        raise ValueError(f"{name}: variants are no-gan and no-gan-equal-cost")
+        raise ValueError(f"{name}: variants are no-gan, no-gan-equal-cost, budget and apart")
     if variant == "no-gan-equal-cost":
         recipe = replace(recipe, run=replace(recipe.run, steps=round(GAN_COST * recipe.run.steps)))
     return replace(reseeded(recipe, seed), evaluation=None)
+
+
+def on_budget(recipe: Recipe) -> Recipe:
+    """The recipe with the updates of all stages scaled alike, so that they and the data take ``BUDGET`` evaluations.
+
+    Raises:
+        ValueError: if making the data takes half of it or more.
+    """
+    stages = plan(recipe)
+    made = sum(s.data for s in stages)
+    if made >= BUDGET / 2:
+        raise ValueError(f"making the data takes {made:,} network evaluations of {BUDGET:,}")
+    factor = (BUDGET - made) / sum(s.evaluations - s.data for s in stages)
+
+    def scaled(stage: Recipe) -> Recipe:
+        run = replace(stage.run, steps=round(factor * stage.run.steps))
+        return replace(stage, run=run, warm_start=stage.warm_start and scaled(stage.warm_start))
+
+    return scaled(recipe)
+
+
+def apart(recipe: Recipe) -> Recipe:
+    """The recipe with every adapted role on a copy of the teacher's network instead of the network itself."""
+    student, critic = (replace(w, own_base=w.form == "lora") for w in (recipe.student, recipe.critic))
+    return replace(recipe, student=student, critic=critic, warm_start=recipe.warm_start and apart(recipe.warm_start))
 
 
 def put_into_readme(name: str, text: str) -> None:

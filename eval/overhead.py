@@ -105,9 +105,9 @@ def measure_recipe(name: str, width: tuple[int, ...] | None, given: Arguments) -
         opened = open_pipeline(pipeline)
     params = sum(p.numel() for p in opened.denoiser.parameters())
     trainer = build(recipe, opened=opened).trainer
-    kinds = {0: "+".join(t.name for t in trainer.turns)}
-    if any(turn.every > 1 for turn in trainer.turns):
-        kinds[1] = "+".join(t.name for t in trainer.turns if t.every == 1)
+    kinds = {0: "+".join(t.name for t in trainer.turns if t.due(0))}
+    if not all(turn.due(1) for turn in trainer.turns):
+        kinds[1] = "+".join(t.name for t in trainer.turns if t.due(1))
     rows = []
     for index, kind in kinds.items():
         cost = measure(trainer, index, given.repeats)

@@ -45,6 +45,7 @@ RECIPES = {
         "shapes_sd_dmd2_4step",
         "shapes_sd_lora",
         "shapes_sd_shared",
+        "shapes_sd_shared/apart",
     ),
     "sd3": ("shapes_sd3_dmd2", "shapes_sd3_dmd2_4step"),
 }

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stepdistill.data import Setting
+from stepdistill.data.base import companions
 from stepdistill.lora_files import fuse_lora_file
 from stepdistill.models.denoiser import Denoiser, Guided
-from stepdistill.models.discriminator import Discriminator
+from stepdistill.models.discriminator import Discriminator, Vision
 from stepdistill.models.families import Opened, load_pipeline, open_pipeline
 from stepdistill.models.lora import Adapted, merged_state
-from stepdistill.models.nets import Nets
-from stepdistill.models.surgery import bare_copy, told_guidance, with_layers
+from stepdistill.models.nets import Nets, freeze
+from stepdistill.models.surgery import bare_copy, told_guidance, unadapted, with_layers
+from stepdistill.models.taps import Tap
+from stepdistill.models.two_time import TwoTime, fold
 from stepdistill.objective import Batch, Step
 from stepdistill.paths import project_dir
 from stepdistill.recipe import Heads, Recipe, Teacher, Weights
@@ -53,18 +57,35 @@ def new_network(opened: Opened, weights: Weights) -> nn.Module:
     net, family = opened.denoiser.net, opened.family
     if weights.form == "lora":
         targets = weights.targets or family.lora_targets
+        net = bare_copy(net) if weights.own_base else net
         return Adapted(net, weights.rank, weights.alpha or float(weights.rank), targets)
     if weights.layers:
-        return with_layers(net, weights.layers)
-    if weights.told_guidance and not family.guidance_input(net):
-        return told_guidance(net)
-    return bare_copy(net).requires_grad_(True)
+        new = with_layers(net, weights.layers)
+    elif weights.told_guidance and not family.guidance_input(net):
+        new = told_guidance(net)
+    else:
+        new = bare_copy(net).requires_grad_(True)
+    if weights.freeze:
+        freeze(new, weights.freeze)
+    return new
 
 
-def new_student(opened: Opened, sampler: Sampler, weights: Weights = Weights()) -> Student:  # noqa: B008 (frozen)
-    """A student that starts from the teacher's network."""
-    d = opened.denoiser
-    return Student(sampler, new_network(opened, weights), d.schedule, d.kind, d.call, d.dtype)
+def new_student(
+    opened: Opened,
+    sampler: Sampler,
+    weights: Weights = Weights(),  # noqa: B008 (frozen)
+    serves: tuple[Sampler, ...] = (),
+    *,
+    two_time: bool = False,
+) -> Student:
+    """A student that starts from the teacher's network; ``serves`` as in ``Student``, ``two_time`` as objectives say.
+
+    Raises:
+        ValueError: if the network cannot be told a second time.
+    """
+    d, net = opened.denoiser, new_network(opened, weights)
+    net = TwoTime(net) if two_time else net
+    return Student(sampler, net, d.schedule, d.kind, d.call, d.dtype, serves=serves)
 
 
 def new_critic(opened: Opened, weights: Weights = Weights()) -> Denoiser:  # noqa: B008 (frozen)
@@ -73,13 +94,50 @@ def new_critic(opened: Opened, weights: Weights = Weights()) -> Denoiser:  # noq
     return Denoiser(new_network(opened, weights), d.schedule, d.kind, d.call, d.dtype)
 
 
-def start_from(student: Student, start: Student) -> None:
+@torch.no_grad()
+def plain_network(student: Student, opened: Opened) -> nn.Module:
+    """A student's network as one of the teacher's class: adapters added in, and a second time folded into the first.
+
+    A copy, or the student's own network where it is plain already.
+
+    Raises:
+        ValueError: if its grid cannot be folded; see ``two_time.fold``.
+    """
+    if not isinstance(student.net, TwoTime):
+        return unadapted(student.net)
+    family, k = opened.family, student.sampler.steps
+    bare = unadapted(student.net.net)
+    bare = copy.deepcopy(bare) if bare is student.net.net else bare
+    device = next(student.net.parameters()).device
+    t = torch.tensor(student.sampler.times, dtype=torch.float64, device=device) * student.schedule.t_max
+    given = opened.null  # of any conditions: none reaches the embedding of time
+    if given is None:
+        given = family.examples(opened.pipeline, 1) if family.encode is None else opened.encode([""])
+    cond = {key: v.to(device).expand(k, *v.shape[1:]) for key, v in given.items()}
+    if family.guidance_input(bare):
+        cond["guidance"] = torch.ones(k, device=device)
+    x_t = torch.zeros(k, *opened.sample_shape, device=device)
+    gap = (t - student.next_time(t)) / student.schedule.t_max
+    fold(student.net, bare, lambda net: student.call(net, x_t, t, cond), gap)
+    return bare
+
+
+def start_from(student: Student, start: Student, opened: Opened) -> None:
     """Give a new student the weights of a warm start's.
+
+    A second time that only one of the two is told stays new, or is folded.
 
     Raises:
         ValueError: if they are not of one shape.
     """
     mine, theirs = student.net, start.net
+    if isinstance(mine, TwoTime) and isinstance(theirs, TwoTime):
+        mine.second.load_state_dict(theirs.second.state_dict())
+        mine, theirs = mine.net, theirs.net
+    elif isinstance(mine, TwoTime):
+        mine = mine.net
+    elif isinstance(theirs, TwoTime):
+        theirs = plain_network(start, opened)
     merge = isinstance(theirs, Adapted) and not isinstance(mine, Adapted)
     try:
         mine.load_state_dict(merged_state(theirs) if merge else theirs.state_dict())
@@ -90,20 +148,67 @@ def start_from(student: Student, start: Student) -> None:
         ) from error
 
 
-def new_discriminator(opened: Opened, heads: Heads, nets: Nets) -> Discriminator:
-    """Heads over the features of the teacher or the critic of ``nets``.
+def new_vision(opened: Opened, name: str) -> tuple[Vision, tuple[Tap, ...]]:
+    """A frozen network of images before the teacher's decoder, and what to read of it.
+
+    Args:
+        opened: the teacher.
+        name: "judge", the classifier of the bundled benchmark that the teacher belongs to, or "vgg16_bn".
 
     Raises:
-        ValueError: if a tap is no submodule, or its channels are not known from the family.
+        ValueError: if there is no such benchmark.
     """
-    known = {tap.name: tap for tap in opened.family.taps(opened.denoiser.net)}
+
+    def decode(samples: Tensor) -> Tensor:
+        return opened.family.decode(opened.pipeline, samples)
+
+    decoder = companions(opened).get("vae")
+    if name == "vgg16_bn":
+        from torchvision.models import VGG16_BN_Weights, vgg16_bn
+
+        net = vgg16_bn(weights=VGG16_BN_Weights.IMAGENET1K_V1).features
+        taps = Tap("12", 128), Tap("22", 256), Tap("32", 512), Tap("42", 512)  # where blocks 2 to 5 end, before pooling
+        norm = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+        return Vision(net, decode, decoder=decoder, size=224, **norm), taps
+
+    from stepdistill.evaluation import benchmark  # the judges' libraries take their time
+
+    if benchmark.is_digits(opened):
+        from stepdistill.evaluation.classifier import load_digit_classifier
+        from stepdistill.evaluation.digits import DIGIT_CLASSIFIER
+
+        taps = Tap("conv1", 16), Tap("norm2", 32), Tap("norm3", 32)
+        return Vision(load_digit_classifier(DIGIT_CLASSIFIER), decode, decoder=decoder), taps
+    if benchmark.is_shapes(opened):
+        from stepdistill.evaluation.shapes import load_shapes_classifier
+
+        net = load_shapes_classifier(project_dir("assets") / "shapes-judges" / "classifier.safetensors")
+        return Vision(net, decode, decoder=decoder), (Tap("norms.1", 32), Tap("norms.2", 48), Tap("norms.4", 64))
+    raise ValueError(
+        f"heads.backbone: 'judge' is for the bundled digits and shapes; of {type(opened.pipeline).__name__}'s images "
+        "use 'vgg16_bn', or 'teacher'"
+    )
+
+
+def new_discriminator(opened: Opened, heads: Heads, nets: Nets) -> Discriminator:
+    """Heads over the features of the teacher or the critic of ``nets``, or of a frozen network of images.
+
+    Raises:
+        ValueError: if a tap is none of the backbone's features, or there is no such backbone here.
+    """
+    if heads.backbone == "critic" and "critic" not in nets:
+        raise ValueError("heads.backbone: 'critic', but the objective has no critic; use 'teacher'")
+    if heads.backbone in ("judge", "vgg16_bn"):
+        backbone, taps = new_vision(opened, heads.backbone)
+        whose = f"{heads.backbone}'s"
+    else:
+        backbone = nets.critic if heads.backbone == "critic" else nets.teacher.denoiser
+        taps, whose = opened.family.taps(opened.denoiser.net), "the family's"
+    known = {tap.name: tap for tap in taps}
     names = heads.taps or tuple(known)
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"heads.taps: {unknown[0]!r} is none of the family's features: {', '.join(known)}")
-    if heads.backbone == "critic" and "critic" not in nets:
-        raise ValueError("heads.backbone: 'critic', but the objective has no critic; use 'teacher'")
-    backbone = nets.critic if heads.backbone == "critic" else nets.teacher.denoiser
+        raise ValueError(f"heads.taps: {unknown[0]!r} is none of {whose} features: {', '.join(known)}")
     return Discriminator(backbone, [known[name] for name in names], heads.width)
 
 
@@ -146,9 +251,10 @@ def build(
     torch.manual_seed(run.seed)  # for initial weights of heads and extras; everything later draws from Step
     nets = Nets()
     nets["teacher"] = guided(opened, recipe.teacher)
-    nets["student"] = new_student(opened, recipe.sampler, recipe.student)
+    serves = recipe.objective.serves(recipe.sampler)
+    nets["student"] = new_student(opened, recipe.sampler, recipe.student, serves, two_time=recipe.objective.two_time)
     if start is not None:
-        start_from(nets.student, start)
+        start_from(nets.student, start, opened)
     if "critic" in optim or "critic" in recipe.objective.needs:
         told = recipe.critic.told_guidance or recipe.student.told_guidance  # it judges what the student was told
         nets["critic"] = new_critic(opened, replace(recipe.critic, told_guidance=told))
@@ -157,6 +263,8 @@ def build(
     for name, module in recipe.objective.extras(nets.student).items():
         nets[name] = module
     nets.to(run.device)
+    if "disc" in nets:
+        nets["disc"].backbone.to(run.device)  # no part of it
 
     setting = Setting(opened, nets.teacher, recipe.sampler, run.batch, run.seed, run.device, cache)
     optimizers = {name: spec.build(nets[name].parameters()) for name, spec in optim.items()}

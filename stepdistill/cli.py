@@ -1,4 +1,4 @@
-"""The command line: quickstart, distill, sample, bench, methods."""
+"""The command line: quickstart, distill, sample, bench, methods, plan."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json as json_
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ from stepdistill.export import load_lines, load_student, stand_in
 from stepdistill.generate import folder_of, sample
 from stepdistill.models.families import family_for
 from stepdistill.objective import registered
+from stepdistill.plan import plan
 from stepdistill.quickstart import quickstart
 from stepdistill.recipe import Evaluation, Recipe, Teacher, suggest
 from stepdistill.recipes import bundled, find
@@ -43,6 +45,7 @@ USAGE = """stepdistill: turn a pretrained diffusers pipeline into a one- to four
   stepdistill sample RUN [...]        draw samples from a run or an exported pipeline
   stepdistill bench RUN ... [...]     measure students beside their teacher
   stepdistill methods                 the objectives there are
+  stepdistill plan RECIPE             what it will cost
 
 Every command answers --help; --debug shows a traceback with an error."""
 
@@ -111,8 +114,11 @@ def _distill(args: list[str]) -> None:
         raise ValueError(f"distill {args[0]}: the recipe comes first; `stepdistill distill --help` lists them")
     if not args or args[0].startswith("-"):
         print("usage: stepdistill distill RECIPE [--out DIR] [--resume] [--print] [--field.sub VALUE ...]\n\nrecipes:")
+        lines: dict[str, list[str]] = {}
         for name, function in bundled().items():
-            print(f"  {name:<24} {(inspect.getdoc(function) or '-').splitlines()[0]}")
+            lines.setdefault((inspect.getdoc(function) or "-").splitlines()[0], []).append(name)
+        for line, names in lines.items():
+            print(textwrap.fill(f"{', '.join(names):<24} {line}", 118, initial_indent="  ", subsequent_indent="      "))
         sys.exit(0 if args else 2)
     name = args[0]
     default = Distill(find(name), Path("runs") / _run_name(name))
@@ -358,6 +364,31 @@ def _methods(args: list[str]) -> None:
         print(f"         {row['what']}")
 
 
+@dataclass(frozen=True)
+class PlanOf:
+    """What a recipe will cost, measured in a few updates on noise: evaluations, parameters, memory."""
+
+    recipe: tyro.conf.Positional[str]
+    """A name under train/, a file, or a run's recipe.json."""
+    json: bool = False
+    """Print JSON."""
+
+
+def _plan(args: list[str]) -> None:
+    given = _parse(PlanOf, args, "plan")
+    stages = plan(find(given.recipe))
+    if given.json:
+        print(json_.dumps([dataclasses.asdict(s) | {"evaluations": s.evaluations} for s in stages], indent=2))
+        return
+    for s in stages:
+        print(
+            f"{s.method}, {s.steps} step{'s' * (s.steps > 1)}: {s.updates} updates of {s.batch} samples, "
+            f"{s.per_update:.2f} network evaluations each; {s.data:,} for the data; {s.parameters / 1e6:.2f} M "
+            f"parameters in all roles; {s.bytes_per_sample * s.batch / 2**20:.0f} MB held for backward passes"
+        )
+    print(f"{sum(s.evaluations for s in stages):,} network evaluations of one sample (a backward pass counts two)")
+
+
 def methods_table() -> str:
     """The registered objectives as a Markdown table."""
     lines = ["| objective | family | paper | networks | data |", "| --- | --- | --- | --- | --- |"]
@@ -375,4 +406,5 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "sample": _sample,
     "bench": _bench,
     "methods": _methods,
+    "plan": _plan,
 }

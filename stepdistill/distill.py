@@ -23,6 +23,7 @@ from stepdistill.models.denoiser import Cond, Guided
 from stepdistill.models.families import Opened
 from stepdistill.models.lora import Adapted, network_of
 from stepdistill.models.nets import Nets
+from stepdistill.models.two_time import TwoTime
 from stepdistill.recipe import Recipe, Teacher
 from stepdistill.sampling import Ddim, Sampler, trailing
 from stepdistill.student import Student
@@ -48,8 +49,9 @@ class Distilled:
 def distill(recipe: Recipe, out: Path, *, resume: bool = False) -> Distilled:
     """Run a recipe, its warm starts first, into ``out``.
 
-    ``out`` gets recipe.json, metrics.jsonl, checkpoints/, samples/ and pipeline/; warm starts get the same under
-    ``out/stages/``, oldest first. A finished stage is not run again when a run is resumed.
+    ``out`` gets recipe.json, metrics.jsonl, checkpoints/, samples/ and pipeline/, and a pipeline-Kstep/ for each
+    further number of steps that its student serves; warm starts get the same under ``out/stages/``, oldest first. A
+    finished stage is not run again when a run is resumed.
 
     Args:
         recipe: what to do.
@@ -86,9 +88,10 @@ def distill(recipe: Recipe, out: Path, *, resume: bool = False) -> Distilled:
 def _student_of(stages: list[Recipe], folders: list[Path], finished: int, opened: Opened, cache: Path) -> Student:
     """The averaged student of the last finished stage, as the next one starts from it."""
     stage, folder = stages[finished - 1], folders[finished - 1]
-    if stage.student.form == "full" or finished == len(stages):
+    # what is exported has no adapters any more, and no second time
+    if (stage.student.form == "full" and not stage.objective.two_time) or finished == len(stages):
         return load_student(folder / "pipeline", opened=opened)
-    trainer = build(stage, opened=opened, out=folder, cache=cache).trainer  # what is exported has no adapters any more
+    trainer = build(stage, opened=opened, out=folder, cache=cache).trainer
     trainer.resume()
     return trainer.nets.ema
 
@@ -115,7 +118,10 @@ def check(recipe: Recipe, opened: Opened) -> None:
     if recipe.evaluation is not None:
         check_judged(opened)
     d = opened.denoiser
-    check_exportable(Student(recipe.sampler, d.net, d.schedule, d.kind, d.call), opened)
+    if recipe.objective.two_time:
+        TwoTime(d.net)  # refuses networks that it cannot tell
+    for sampler in recipe.objective.serves(recipe.sampler):
+        check_exportable(Student(sampler, d.net, d.schedule, d.kind, d.call), opened)
 
 
 def claim(out: Path, recipe: Recipe, resume: bool) -> None:
@@ -165,7 +171,12 @@ def _train(built: Built, recipe: Recipe, folder: Path) -> Student:
     scale = told(recipe.teacher) if takes_scale else None
     if isinstance(student.net, Adapted):  # before the pipeline, whose folder says that the stage is finished
         save_lora(student, opened, folder / "lora", teacher=recipe.teacher.source, guidance=scale)
-    save_pipeline(student, opened, folder / "pipeline", teacher=recipe.teacher.source, method=method, guidance=scale)
+    others = [student.serving(s.steps) for s in student.serves if s.steps != student.sampler.steps]
+    for one in (*others, student):
+        name = "pipeline" if one is student else f"pipeline-{one.sampler.steps}step"
+        back = trainer.nets["inverter"] if one is student and "inverter" in trainer.nets else None
+        source = recipe.teacher.source
+        save_pipeline(one, opened, folder / name, teacher=source, method=method, guidance=scale, inverter=back)
     return student
 
 

@@ -21,15 +21,18 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
 
+from stepdistill.build import plain_network
 from stepdistill.checkpoint import write_atomically
+from stepdistill.editing import Inverter
 from stepdistill.evaluation.records import Record
-from stepdistill.exported import WEIGHTS, load_lines, load_student, stand_in
+from stepdistill.exported import WEIGHTS, load_lines, load_net, load_student, stand_in
 from stepdistill.folders import empty, make_public, read_json, replacing, write_json
 from stepdistill.model_card import GRID, Card, licence_of, loading_code, public_name, with_figures
 from stepdistill.models.families.base import Opened
 from stepdistill.models.families.loading import component_class
-from stepdistill.models.lora import Adapted, merged_state, network_of
-from stepdistill.models.surgery import bare_copy
+from stepdistill.models.lora import network_of
+from stepdistill.models.surgery import unadapted
+from stepdistill.models.two_time import TwoTime
 from stepdistill.paths import project_dir
 from stepdistill.sampling import Tcd
 from stepdistill.stock import has_own_pipeline, stock_scheduler, stock_times
@@ -39,6 +42,7 @@ __all__ = [
     "WEIGHTS",
     "add_figures",
     "check_exportable",
+    "load_inverter",
     "load_lines",
     "load_student",
     "save_pipeline",
@@ -49,6 +53,11 @@ Variant = Literal["fp16", "bf16"]
 """Weights in half precision, beside those in float32."""
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_INVERTER = "inverter"  # folder of its network, and in there the name of its settings
+_EDITING = (
+    "`inverter/` holds the network that leads real images back to their noise: see `load_inverter` of "
+    "`stepdistill.export`, and `invert` and `edit` of `stepdistill.editing`."
+)
 _PIPELINE_FILE = "class_conditional.py"  # in pipelines/; the folder's copy is pipeline.py, where diffusers looks for it
 
 
@@ -79,11 +88,13 @@ def save_pipeline(
     variant: Variant | None = None,
     records: Sequence[Record] = (),
     grid: str | Path | None = None,
+    inverter: Inverter | None = None,
 ) -> Path:
     """Write a student as a diffusers pipeline folder; the live pipeline is left as it is.
 
     Weights keep their dtype; autocast of the student is not exported. A LoRA student's updates are added to the
-    teacher's weights.
+    teacher's weights, and the second time of a student of two times becomes part of its embedding of the first, which
+    is then right at the trained timesteps and nowhere else.
 
     Args:
         student: the network to write, and the sampler that it was trained for.
@@ -98,6 +109,7 @@ def save_pipeline(
         variant: also write all weights in half precision, under diffusers' names for such variants.
         records: figures for the model card.
         grid: a PNG of samples for the model card.
+        inverter: the network that leads back to the noise, written beside the student in float32; pipelines pass it by.
 
     Returns:
         The folder.
@@ -110,10 +122,8 @@ def save_pipeline(
     """
     path = Path(os.path.realpath(path))  # through links, so that the folder is replaced and not the link
     check_exportable(student, opened)
-    net = _plain_network(student.net)
-    for name, value in net.state_dict().items():
-        if not bool(value.isfinite().all()):
-            raise ValueError(f"weight {name} of the student is not finite; export an earlier checkpoint")
+    net = _finite(plain_network(student, opened), "student")
+    back = None if inverter is None else _finite(unadapted(inverter.net), "inverter")
     scheduler = stock_scheduler(student, opened, guidance)
     code = project_dir("pipelines") / _PIPELINE_FILE if has_own_pipeline(opened) else None
     if not _replaceable(path):
@@ -131,12 +141,44 @@ def save_pipeline(
             _drop_foreign_keys(folder / "model_index.json", type(pipeline))
         if variant is not None:
             _add_variant(folder, variant)
+        if inverter is not None:
+            back.save_pretrained(folder / _INVERTER, safe_serialization=True, max_shard_size="1000GB")
+            settings = {"edges": list(inverter.edges), "start": inverter.start}
+            write_json(folder / _INVERTER / f"{_INVERTER}.json", settings)
         make_public(folder)
         card = _card(student, opened, folder, path.name, scheduler, public_name(teacher, opened.pipeline), method)
-        (folder / "README.md").write_text(replace(card, variant=variant).text(), encoding="utf-8")
+        notes = card.notes if inverter is None else f"{card.notes} {_EDITING}"
+        (folder / "README.md").write_text(replace(card, variant=variant, notes=notes).text(), encoding="utf-8")
         if records or grid is not None:
             add_figures(folder, records, grid)
     return path
+
+
+def load_inverter(path: str | Path, student: Student) -> Inverter:
+    """Read the network that leads back to the noise, which ``save_pipeline`` wrote beside a student.
+
+    Args:
+        path: the exported folder.
+        student: what ``load_student`` made of it.
+
+    Returns:
+        The inverter, in eval mode, on the CPU, in float32.
+
+    Raises:
+        FileNotFoundError: if there is none, or one of its files is missing.
+        ValueError: if a file is damaged.
+    """
+    folder = Path(path) / _INVERTER
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is missing: this student was trained without an inverter; ICD trains one")
+    settings = read_json(folder / f"{_INVERTER}.json")
+    match settings:
+        case {"edges": [*edges], "start": float(start)} if all(isinstance(edge, float) for edge in edges):
+            pass
+        case _:
+            raise ValueError(f"{folder / _INVERTER}.json: no edges and start in it; export the student again")
+    net = load_net(folder, type(student.net).__name__)
+    return Inverter(tuple(edges), start, net, student.schedule, student.kind, student.call).eval()
 
 
 def add_figures(path: str | Path, records: Sequence[Record] = (), grid: str | Path | None = None) -> None:
@@ -162,13 +204,11 @@ def add_figures(path: str | Path, records: Sequence[Record] = (), grid: str | Pa
 # What stands in the folder
 
 
-def _plain_network(net: nn.Module) -> nn.Module:
-    """The network without adapters: a LoRA student's updates are added in, other roles' are left out."""
-    if not isinstance(net, Adapted):
-        return bare_copy(net) if any(".lora_" in key for key in net.state_dict()) else net
-    merged = bare_copy(net.backbone)
-    merged.load_state_dict(merged_state(net))
-    return merged
+def _finite(net: nn.Module, who: str) -> nn.Module:
+    for name, value in net.state_dict().items():
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"weight {name} of the {who} is not finite; export an earlier checkpoint")
+    return net
 
 
 def _exported(opened: Opened, net: nn.Module, scheduler: SchedulerMixin) -> DiffusionPipeline:
@@ -233,6 +273,11 @@ def _card(
             f"A stock `{read_json(folder / 'model_index.json')['_class_name']}`: always pass the arguments above, its "
             f"own defaults are for the teacher. The scheduler's config gives the trained timesteps for "
             f"`num_inference_steps={k}` alone."
+        )
+    if isinstance(student.net, TwoTime):
+        notes += (
+            " The network knew the time it heads for, too; that is folded into its embedding of time for the timesteps "
+            "above, so its weights are of no use at others."
         )
     if opened.family.guidance_input(network_of(student.net)):
         guidance = "an input of the network, `guidance_scale`"

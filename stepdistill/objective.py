@@ -98,6 +98,11 @@ class Turn:
         moves: names of the networks that are updated; everyone else is a fixed function.
         every: the turn is taken at indices divisible by it (two-time-scale updates).
         name: what the logs call it; default the networks moved.
+        start: the first index at which it may be taken.
+        stop: the first index from which it is not taken any more; None keeps it to the end.
+
+    Raises:
+        ValueError: if it would never be taken.
     """
 
     def __init__(
@@ -106,13 +111,23 @@ class Turn:
         moves: tuple[str, ...],
         every: int = 1,
         name: str | None = None,
+        start: int = 0,
+        stop: int | None = None,
     ):
         if every < 1:
             raise ValueError(f"every (the objective's student_every) must be at least 1; got {every}")
+        if start < 0 or (stop is not None and stop <= start):
+            raise ValueError(f"a turn needs 0 <= start < stop; got start {start} and stop {stop}")
         self.losses = losses
         self.moves = moves
         self.every = every
         self.name = name or "+".join(moves)
+        self.start = start
+        self.stop = stop
+
+    def due(self, index: int) -> bool:
+        """Whether the turn is taken at ``index``."""
+        return index % self.every == 0 and self.start <= index and (self.stop is None or index < self.stop)
 
 
 @dataclass(frozen=True)
@@ -125,6 +140,8 @@ class Objective(ABC):
     """Networks that move under some settings only, such as a discriminator whose term may be switched off."""
     data: ClassVar[frozenset[str]] = frozenset()
     """Batch fields beyond the conditions that must be set: of x0, path. Empty: data-free."""
+    two_time: ClassVar[bool] = False
+    """Whether the student is told, beside the time, the time it heads for; see ``models.two_time``."""
     family: ClassVar[str]
     paper: ClassVar[str]
 
@@ -138,6 +155,10 @@ class Objective(ABC):
         Raises:
             ValueError: naming both.
         """
+
+    def serves(self, sampler: Sampler) -> tuple[Sampler, ...]:
+        """All samplers that a student with this one is trained for: this one alone, unless a method says otherwise."""
+        return (sampler,)
 
     def averages(self) -> Mapping[str, float]:
         """Running averages of the student that the method itself uses, name -> decay, kept in ``Nets``."""

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import Discriminator
@@ -32,16 +34,35 @@ class Evaluation:
     """Its parameters required gradients."""
     backward: bool
     """A graph was kept for it."""
+    weights: bool = False
+    """A gradient reached the network's weights; of a discriminator those of its backbone count, not its heads'."""
+    tangent: bool = False
+    """A derivative was carried along (``torch.func.jvp``)."""
+
+    @property
+    def batch(self) -> int:
+        """Samples."""
+        return next(a for a in self.args if isinstance(a, Tensor)).shape[0]
+
+    @property
+    def cost(self) -> int:
+        """In evaluations of one sample: a backward pass counts 2, or 1 if it is for the input alone; a tangent 1."""
+        back = 2 if self.weights else int(any(isinstance(a, Tensor) and a.requires_grad for a in self.args))
+        return self.batch * (1 + back * self.backward + self.tangent)
 
     def __str__(self) -> str:
-        batch = next(a for a in self.args if isinstance(a, Tensor)).shape[0]
-        return f"{self.role} forward{' + backward' if self.backward else ''} (batch {batch})"
+        also = " + backward" * self.backward + " + tangent" * self.tangent
+        return f"{self.role} forward{also} (batch {self.batch})"
 
     def run(self) -> None:
         """Make the call again and nothing else, with its backward pass if it had one."""
         for p in self.net.parameters():
             p.requires_grad_(self.moving)
         with torch.set_grad_enabled(self.backward):
+            if self.tangent:
+                with sdpa_kernel(SDPBackend.MATH):
+                    torch.func.jvp(partial(self.net, **self.kwargs), self.args, self.args)
+                return
             out = self.net(*self.args, **self.kwargs)
             if self.backward:
                 out = out if isinstance(out, Tensor) else out[0]
@@ -67,8 +88,11 @@ def evaluations(trainer: Trainer, index: int) -> list[Evaluation]:
             tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
             moving = any(p.requires_grad for p in net.parameters())
             backward = torch.is_grad_enabled() and (moving or any(a.requires_grad for a in tensors))
-            held = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args]
-            found.append(Evaluation(net, role, tuple(held), kwargs, moving, backward))
+            tangent = any(_carries_tangent(a) for a in args if isinstance(a, Tensor))
+            held = tuple(_kept(a) if isinstance(a, Tensor) else a for a in args)
+            inner = net.backbone if isinstance(net, Discriminator) else net
+            weights = any(p.requires_grad for p in inner.parameters())
+            found.append(Evaluation(net, role, held, kwargs, moving, backward, weights, tangent))
 
         return hook
 
@@ -90,6 +114,31 @@ def evaluations(trainer: Trainer, index: int) -> list[Evaluation]:
         for handle in handles:
             handle.remove()
     return found
+
+
+def _carries_tangent(x: Tensor) -> bool:
+    return torch.func.debug_unwrap(x) is not x
+
+
+def _kept(x: Tensor) -> Tensor:
+    """An argument to call the network with again: itself, cut off; behind a transform its value is out of reach."""
+    if _carries_tangent(x):
+        return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    return x.detach().requires_grad_(x.requires_grad)
+
+
+def cost(trainer: Trainer, indices: Sequence[int]) -> float:
+    """Network evaluations of one sample that an update takes on average, for each sample of its batch.
+
+    Args:
+        trainer: any objective over any networks; it is trained on by the measurement.
+        indices: steps to average over, one period of the objective's turns.
+
+    Returns:
+        ``sum(Evaluation.cost) / (len(indices) * samples of a batch)``; a plain regression of one network has 3.
+    """
+    total = sum(call.cost for index in indices for call in evaluations(trainer, index))
+    return total / (len(indices) * trainer.run.batch * trainer.run.accumulate)
 
 
 @dataclass(frozen=True)

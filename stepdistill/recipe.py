@@ -75,10 +75,16 @@ class Weights:
     """Scale of LoRA updates is alpha / rank; 0 takes the rank."""
     targets: tuple[str, ...] = ()
     """Ends of the names of the layers that LoRA adapts; empty takes the family's."""
+    own_base: bool = False
+    """Put LoRA adapters on a copy of the teacher's network: the same training for one network more in memory, to
+    compare with."""
     layers: int = 0
     """Blocks of a transformer, or layers in each block of a UNet, kept of the teacher's, evenly spaced; 0 keeps all."""
     told_guidance: bool = False
     """Give a UNet the guidance scale as an input (LCM's omega): one student for all of ``teacher.guidance_range``."""
+    freeze: tuple[str, ...] = ()
+    """Ends of the names of the layers whose weights stay as they start. In a UNet ("conv1", "conv2", "conv") are the
+    convolutions inside its blocks and between them, without shortcuts and the first and last (GDD-I)."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -90,14 +96,22 @@ class Weights:
             raise ValueError(f"layers must be at least 1, or 0 for all; got {self.layers}")
         if self.form == "lora" and (self.layers or self.told_guidance):
             raise ValueError("a LoRA changes no network: layers and told_guidance need form 'full'")
+        if self.form == "full" and self.own_base:
+            raise ValueError("own_base is for adapters: it needs form 'lora'")
+        if self.form == "lora" and self.freeze:
+            raise ValueError(f"a LoRA freezes the whole network: freeze {list(self.freeze)} needs form 'full'")
 
 
 @dataclass(frozen=True)
 class Heads:
     """The discriminator, for methods that have one."""
 
-    backbone: Literal["teacher", "critic"] = "teacher"
-    """Whose features are read: the frozen teacher's (LADD) or the critic's, which moves along (DMD2)."""
+    backbone: Literal["teacher", "critic", "judge", "vgg16_bn"] = "teacher"
+    """Whose features are read: the frozen teacher's (LADD), the critic's, which moves along (DMD2), or those of a
+    frozen network on the images that samples decode to (GDD): "judge", the bundled benchmark's own classifier, or
+    torchvision's VGG16-BN, whose weights torchvision downloads. A Frechet distance flatters a student whose
+    discriminator reads the features that it is measured in: after "judge" the benchmark's own says little, and after
+    "vgg16_bn" those of other ImageNet networks, FID among them, say less than they seem to."""
     taps: tuple[str, ...] = ()
     """Submodules to read; empty takes the family's."""
     width: int = 64

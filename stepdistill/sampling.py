@@ -60,6 +60,10 @@ class StepRule(ABC):
         """Network calls of a run of ``steps`` steps."""
         return steps
 
+    def lands(self, s: Tensor, t_max: float) -> Tensor:
+        """Where the jump of a step towards ``s`` (B,) ends, before any noise is added; (B,)."""
+        return s
+
 
 def at(t: float, like: Tensor) -> Tensor:
     """Time ``t`` for every sample of ``like``: (B,), float64."""
@@ -74,6 +78,25 @@ class Ddim(StepRule):
         """See ``StepRule``; draws nothing."""
         x0 = predict(x_t, move.t, move.cond)
         return jump(x_t, x0, predict.schedule.coeffs(move.t, x_t), predict.schedule.coeffs(move.s, x_t)), x0
+
+
+@dataclass(frozen=True)
+class NoiseCorrected(StepRule):
+    """``Ddim``, but for the step from ``t_max``: there the state *is* the noise, so the jump keeps it,
+    ``alpha_s x0 + sigma_s x_t / prior_std`` (Imagine Flash's noise correction, arXiv:2405.05224).
+
+    ``Ddim`` takes for noise what the clean estimate leaves over, which counts a signal that pure noise does not hold
+    wherever the schedule leaves some at ``t_max`` (Stable Diffusion: alpha = 0.07). Where it leaves none, as on
+    rectified flows or at zero terminal SNR, the two are one. No stock scheduler goes this way.
+    """
+
+    def __call__(self, predict: Predictor, x_t: Tensor, move: Move) -> tuple[Tensor, Tensor]:
+        """See ``StepRule``; draws nothing."""
+        schedule = predict.schedule
+        x_s, x0 = Ddim()(predict, x_t, move)
+        kept = schedule.add_noise(x0, x_t / schedule.prior_std, move.s)
+        at_the_top = (move.t >= schedule.t_max).view(-1, *[1] * (x_t.ndim - 1))
+        return torch.where(at_the_top, kept, x_s), x0
 
 
 @dataclass(frozen=True)
@@ -125,6 +148,10 @@ class Renoise(StepRule):
         x0 = predict(x_t, move.t, move.cond)
         return (x0 if move.final else predict.schedule.add_noise(x0, _randn(x_t, move.rng), move.s)), x0
 
+    def lands(self, s: Tensor, t_max: float) -> Tensor:
+        """At the data."""
+        return torch.zeros_like(s)
+
 
 @dataclass(frozen=True)
 class Tcd(StepRule):
@@ -161,6 +188,10 @@ class Tcd(StepRule):
         spread = (c_s.sigma**2 - (ratio * c_r.sigma) ** 2).clamp_min(0).sqrt()
         return ratio * x_r + spread * _randn(x_t, move.rng), x0
 
+    def lands(self, s: Tensor, t_max: float) -> Tensor:
+        """Below ``s``, or there."""
+        return self.below(s, t_max) if self.gamma else s
+
 
 def trailing(steps: int) -> tuple[float, ...]:
     """``steps`` evenly spaced times that start at pure noise: 1, 1 - 1/steps, ..., 1/steps, as fractions of t_max.
@@ -189,6 +220,8 @@ class Sampler:
         grid = (*self.times, 0.0)
         if len(grid) < 2 or grid[0] > 1 or any(a <= b for a, b in pairwise(grid)):
             raise ValueError(f"times must fall strictly from at most 1 and stay above 0; got {list(self.times)}")
+        if isinstance(self.rule, NoiseCorrected) and grid[0] != 1:
+            raise ValueError(f"rule {self.rule} corrects the step from time 1; times start at {grid[0]:g}, use Ddim()")
 
     @property
     def steps(self) -> int:
@@ -226,6 +259,16 @@ class Sampler:
             previous = x0, t
             states.append(x)
         return torch.stack(states, 1) if path else x
+
+
+def refuse_noise(sampler: Sampler) -> None:
+    """A student that is trained to jump from time to time must be sampled by jumps; in one step all rules are one.
+
+    Raises:
+        ValueError: if the rule does something else between steps.
+    """
+    if sampler.steps > 1 and sampler.rule not in (Ddim(), NoiseCorrected(), Tcd(0.0)):
+        raise ValueError(f"sampler.rule {sampler.rule}: this student is trained to jump from time to time; use Ddim()")
 
 
 def _randn(like: Tensor, rng: Rng) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from stepdistill.models.families.base import Opened
 from stepdistill.models.families.edm import is_edm
-from stepdistill.sampling import Ddim, Renoise, StepRule, Tcd, trailing
+from stepdistill.sampling import Ddim, NoiseCorrected, Renoise, StepRule, Tcd, trailing
 from stepdistill.schedule import EDM, DiscreteVP, RectifiedFlow, Schedule
 from stepdistill.student import Student
 
@@ -52,6 +52,11 @@ def stock_scheduler(student: Student, opened: Opened, guidance: float | None = N
     mine, theirs = (type(s).__name__ for s in (student.schedule, opened.denoiser.schedule))
     if mine != theirs:
         raise ValueError(f"the student's schedule is {mine}; its teacher's pipeline samples on {theirs}")
+    if isinstance(student.sampler.rule, NoiseCorrected):
+        raise ValueError(
+            f"rule {student.sampler.rule}: no stock scheduler takes the first state itself for the noise; train and "
+            "export with Ddim(), the same in one step or without signal at t_max, and correct where you sample yourself"
+        )
     if isinstance(student.schedule, DiscreteVP):
         scheduler = _vp(student, opened)
     elif isinstance(student.schedule, RectifiedFlow):
@@ -207,7 +212,8 @@ def _vp_config(student: Student, teacher: SchedulerMixin, lifted: bool) -> dict[
 def _flow(student: Student, opened: Opened) -> SchedulerMixin:
     sampler = student.sampler
     times, k, rule = sampler.times, sampler.steps, sampler.rule
-    if not isinstance(rule, Ddim | Renoise):
+    jumps = isinstance(rule, Ddim) or (isinstance(rule, Tcd) and rule.gamma == 0)
+    if not jumps and not isinstance(rule, Renoise):
         raise ValueError(f"rule {rule}: no stock flow scheduler does that; use Ddim() (Euler's step) or Renoise()")
     # u = 1, 1 - 1/K, ... by pipelines that pass sigmas; the others go evenly down to the bottom of the table, which
     # shift_terminal lifts to the trained last time

@@ -182,7 +182,7 @@ class Trainer:
         seed, device, parts = self.run.seed, self.run.device, self.run.accumulate
         micro_batches = [(self.data(Step.at(index * parts + micro, seed, _DATA, micro)), {}) for micro in range(parts)]
         for k, turn in enumerate(self.turns):
-            if index % turn.every:
+            if not turn.due(index):
                 continue
             terms: dict[str, Tensor] = {}  # means over micro-batches; "loss" is the sum of the turn's losses
             with only_trains(self.nets, turn.moves) as params:  # everyone else is a fixed function

@@ -165,5 +165,5 @@ def test_a_warm_start_of_another_shape_is_named_in_one_line() -> None:
     opened = open_pipeline(sd.pipeline())
     small, whole = (new_student(opened, Sampler(), Weights(layers=n)) for n in (1, 0))
     with pytest.raises(ValueError, match=r"warm_start: its student's network differs from this one's; ") as caught:
-        start_from(whole, small)
+        start_from(whole, small, opened)
     assert len(str(caught.value)) < 200

@@ -14,11 +14,12 @@ from stepdistill.models.denoiser import Denoiser, Guided
 from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.nets import Nets
 from stepdistill.models.taps import Tap
-from stepdistill.objective import Batch, Objective, Step
+from stepdistill.objective import Batch, Loss, Objective, Step, Turn
 from stepdistill.objectives import CD, DMD2, KD
 from stepdistill.parts.gan import Gan
 from stepdistill.parts.rollout import BackwardSim
-from stepdistill.profiling import evaluations, measure, saved_bytes
+from stepdistill.parts.tangents import Jvp
+from stepdistill.profiling import cost, evaluations, measure, saved_bytes
 from stepdistill.sampling import Sampler, trailing
 from stepdistill.schedule import DiscreteVP
 from stepdistill.student import Student
@@ -56,7 +57,7 @@ def trainer_of(
     if "disc" in movers:
         nets["disc"] = Discriminator(nets.critic if backbone == "critic" else teacher, [Tap("first", 8)], 8)
     optimizers = {name: AdamW().build(nets[name].parameters()) for name in movers}
-    return Trainer(nets, objective, optimizers, batches, Run())
+    return Trainer(nets, objective, optimizers, batches, Run(batch=4))
 
 
 def batches(step: Step) -> Batch:
@@ -109,6 +110,35 @@ def test_the_evaluations_of_an_update_are_listed_in_order(name: str, backbone: s
     """A discriminator counts once, with what it runs of its backbone, whoever that is."""
     objective, index, expected = UPDATES[name]
     assert [str(call) for call in evaluations(trainer_of(objective, backbone=backbone), index)] == expected
+
+
+@pytest.mark.parametrize("backbone, adversarial", [("teacher", (2, 2)), ("critic", (2, 6))])
+def test_what_an_update_costs_counted_by_hand(backbone: str, adversarial: tuple[int, int]) -> None:
+    """One forward is 1, with its backward pass 3; an update of heads alone costs the backbone's forward."""
+    assert cost(trainer_of(KD()), [0]) == 3
+    assert cost(trainer_of(CD()), [0]) == 1 + 1 + 3
+    assert cost(trainer_of(DMD2(gan=NO_GAN, student_every=2)), [0, 1]) == ((3 + 1 + 1 + 3) + (1 + 3)) / 2
+    # the student's adversarial gradient is the input's; the discriminator sees twice as many samples
+    assert cost(trainer_of(DMD2(student_every=1), backbone=backbone), [0]) == 3 + 1 + 1 + 3 + sum(adversarial)
+
+
+def test_a_tangent_is_seen_and_counted() -> None:
+    trainer = trainer_of(KD())
+    net = trainer.nets.student
+
+    def loss(nets: Nets, batch: Batch, step: Step) -> Loss:
+        x, t = batch.x0, torch.full((4,), 0.5)
+        Jvp()(lambda x, t: net(x, t, batch.cond), (x, t), (x, torch.ones_like(t)))
+        return Loss(net(x, t, batch.cond).square().mean())
+
+    trainer.turns = (Turn(loss, moves=("student",)),)
+    calls = evaluations(trainer, 0)
+    assert [str(call) for call in calls] == [
+        "student forward + tangent (batch 4)",
+        "student forward + backward (batch 4)",
+    ]
+    assert [call.cost for call in calls] == [8, 12]
+    calls[0].run()
 
 
 def test_guidance_shows_as_a_batch_of_twice_the_size() -> None:

@@ -121,7 +121,7 @@ def test_encoding_names_every_type() -> None:
     ("path", "new", "line"),
     [
         ("type", "Recipes", "recipe: 'Recipes' is no Recipe; did you mean 'Recipe'?"),
-        ("objective.type", "DMD", "recipe.objective: 'DMD' is no Objective; did you mean 'DMD2'?" + OWN),
+        ("objective.type", "DMD3", "recipe.objective: 'DMD3' is no Objective; did you mean 'DMD'?" + OWN),
         ("objective", "DMD2", "recipe.objective: 'DMD2' is no Objective; did you mean 'DMD2'?" + OWN),
         ("objective.times.type", "Unifrom", "recipe.objective.times: 'Unifrom' is no Times; did you mean 'Uniform'?"),
         ("objective.gan.wieght", 1.0, "recipe.objective.gan.wieght: no such field of Gan; did you mean 'weight'?"),

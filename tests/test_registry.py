@@ -15,6 +15,9 @@ import stepdistill.objectives
 from stepdistill.objective import Objective, register, registered
 from stepdistill.recipe import decode, encode
 from stepdistill.recipes import bundled
+from stepdistill.sampling import Sampler, trailing
+from stepdistill.schedule import DiscreteVP
+from stepdistill.testing import MixtureTeacher, exact_student
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "stepdistill" / "objectives"
@@ -81,8 +84,10 @@ def test_it_is_final(cls: type[Objective]) -> None:
 def test_it_asks_for_networks_and_data_that_exist(cls: type[Objective]) -> None:
     objective = cls()
     movers = {mover for turn in objective.turns() for mover in turn.moves}
+    teacher = MixtureTeacher.ring(DiscreteVP.linear())
+    own = set(objective.extras(exact_student(teacher, Sampler(trailing(1)))))
     assert "student" in movers and "teacher" not in movers and movers.isdisjoint(objective.averages())
-    assert objective.needs <= ROLES and movers <= ROLES | set(objective.needs)
+    assert objective.needs <= ROLES and movers <= ROLES | own
     assert objective.data <= {"x0", "path"}
     names = [turn.name for turn in objective.turns()]
     assert len(set(names)) == len(names)  # logs are told apart by them

@@ -202,6 +202,47 @@ def test_a_turn_is_taken_at_the_multiples_of_its_every() -> None:
     assert moved == [True, False, False, True, False, False, True]
 
 
+@dataclass(frozen=True)
+class Passing(Objective):
+    """The student moves for a while only, the critic from some index on."""
+
+    needs = frozenset({"student", "critic"})
+
+    def turns(self) -> tuple[Turn, ...]:
+        """Two."""
+        return (
+            Turn(self.student_loss, moves=("student",), every=2, start=1, stop=6),
+            Turn(self.critic_loss, moves=("critic",), start=3),
+        )
+
+    def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
+        """The sum of all weights."""
+        return Loss(sum(p.sum() for p in nets.student.parameters()))
+
+    def critic_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
+        """The sum of all weights."""
+        return Loss(sum(p.sum() for p in nets.critic.parameters()))
+
+
+def test_a_turn_is_taken_from_its_start_and_before_its_stop() -> None:
+    """Divisibility counts from 0, not from the start, so that a later turn keeps step with the others."""
+    trainer = trainer_of(Passing())
+    moved: list[set[str]] = []
+    for index in range(8):
+        before = hashes(trainer.nets)
+        logs = trainer.step(index)
+        moved.append(changed(before, hashes(trainer.nets)))
+        assert {name.split("/")[0] for name in logs} == moved[-1] - {"ema"}
+    student = {"student", "ema"}
+    assert moved == [set(), set(), student, {"critic"}, student | {"critic"}, {"critic"}, {"critic"}, {"critic"}]
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, None), (3, 3), (5, 2)])
+def test_a_turn_that_would_never_be_taken_is_refused(start: int, stop: int | None) -> None:
+    with pytest.raises(ValueError, match=f"0 <= start < stop; got start {start} and stop {stop}"):
+        Turn(Passing().student_loss, moves=("student",), start=start, stop=stop)
+
+
 # By what
 
 
@@ -359,10 +400,10 @@ def test_a_step_depends_on_its_index_and_not_on_the_steps_before() -> None:
 
 def test_the_student_runs_once_per_step_and_the_critic_gets_that_very_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     """At even indices the critic is fitted to the sample of the student's turn, made before the student moved."""
-    from stepdistill.objectives.score import dmd2
+    from stepdistill.parts import game
 
     fitted: list[Tensor] = []
-    monkeypatch.setattr(dmd2, "denoising_loss", _noting_samples(dmd2.denoising_loss, fitted))
+    monkeypatch.setattr(game, "denoising_loss", _noting_samples(game.denoising_loss, fitted))
     trainer = trainer_of(DMD2(student_every=2))
     for index in range(4):
         before = copy.deepcopy(trainer.nets.student)

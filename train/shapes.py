@@ -121,7 +121,7 @@ def shapes_sd_tscd() -> Recipe:
     return _on_shapes("shapes-sd", objective, SCENES, {"student": STUDENT}, 800, Sampler(trailing(4), Tcd(0.0)))
 
 
-def shapes_sd_guided() -> Recipe:
+def shapes_sd_keeps_guidance() -> Recipe:
     """SD teacher without guidance, and the empty prompt too: four steps that take guidance and negative prompts."""
     recipe = shapes_sd_tscd()
     return replace(recipe, teacher=replace(recipe.teacher, guidance=1.0), null_rate=0.15, evaluation=None)

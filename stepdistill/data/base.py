@@ -54,6 +54,11 @@ class Data(ABC):
         The index counts batches: with accumulation a step of the trainer takes several.
         """
 
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the teacher, unguided, that making it takes."""
+        return 0
+
     def check(self, sampler: Sampler) -> None:  # noqa: B027 (most sources serve every student)
         """Raise a ValueError if this source cannot serve a student with that sampler; opens nothing."""
 

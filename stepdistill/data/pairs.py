@@ -63,6 +63,11 @@ class TeacherPairs(Data):
         if self.classes < 0:
             raise ValueError(f"data.classes must be at least 0; got {self.classes}")
 
+    @property
+    def evaluations(self) -> int:
+        """See ``Data``."""
+        return self.count * self.solver.evaluations
+
     def check(self, sampler: Sampler) -> None:
         """The student's times must be states of the solver."""
         self._states(sampler)

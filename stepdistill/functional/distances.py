@@ -50,3 +50,25 @@ class ElementHuber(Distance):
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """(B, ...), (B, ...) -> (B,)."""
         return (((a - b).flatten(1).square() + self.c**2).sqrt() - self.c).mean(1)
+
+
+@dataclass(frozen=True)
+class AdaptiveL2(Distance):
+    """Squared error over its own detached size, ``e / sg(e + c)^power`` with e the sum over a sample's elements
+    (MeanFlow, arXiv:2505.13447 sec. 4.3): gradients of all samples are about as long, whatever their errors.
+    """
+
+    power: float = 1.0
+    """0 is the squared error; 1 divides it away."""
+    c: float = 1e-3
+    """Added to the squared error, where errors no longer matter."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if not 0 <= self.power <= 1 or not self.c > 0:
+            raise ValueError(f"AdaptiveL2 needs 0 <= power <= 1 and c > 0; got {self.power} and {self.c}")
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """(B, ...), (B, ...) -> (B,)."""
+        square = (a - b).flatten(1).square().sum(1)
+        return square / (square.detach() + self.c) ** self.power

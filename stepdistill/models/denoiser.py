@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from stepdistill.models.lora import network_of
+from stepdistill.models.two_time import Towards, TwoTime
 from stepdistill.schedule import Kind, Schedule, convert
 
 Cond = Mapping[str, Tensor]
@@ -59,7 +61,7 @@ class Denoiser(nn.Module):
         self.call = call
         self.dtype = dtype
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, *, want: Kind = "x0") -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, *, want: Kind = "x0", s: Tensor | None = None) -> Tensor:
         """The prediction of kind ``want``.
 
         Args:
@@ -67,15 +69,75 @@ class Denoiser(nn.Module):
             t: their times, (B,).
             cond: conditions, each (B, ...).
             want: kind of prediction to return.
+            s: times that a network of two times heads for, (B,), below ``t``: its clean estimate is then the one whose
+                jump from ``t`` lands there. None is ``t`` itself, the estimate of a network of one time.
 
         Returns:
             (B, ...), the dtype of ``x_t``.
+
+        Raises:
+            ValueError: if ``s`` is given and the network knows one time only.
         """
+        net = self.net
+        if isinstance(net, TwoTime):
+            net = Towards(net, t, t if s is None else s, self.schedule.t_max)
+        elif s is not None:
+            raise ValueError(f"s: this {type(network_of(net)).__name__} knows one time only; wrap it in TwoTime")
         with torch.autocast(x_t.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            pred = self.call(self.net, x_t, t, cond)
+            pred = self.call(net, x_t, t, cond)
         if want == self.kind:
             return pred.to(x_t.dtype)
         return convert(pred.to(x_t.dtype), x_t, self.schedule.coeffs(t, x_t), self.kind, want)
+
+
+def unscaled(cond: Cond) -> Cond:
+    """Conditions without the guidance scale that a batch may bring along."""
+    return {k: v for k, v in cond.items() if k != "guidance"}
+
+
+def with_null(cond: Cond, null: Cond, dropped: Tensor) -> Cond:
+    """Conditions with the null condition in place of those samples where ``dropped`` (B,) is true.
+
+    Raises:
+        ValueError: if there is no null condition.
+    """
+    if not null:
+        raise ValueError("conditions cannot be dropped: this teacher has no null condition; set null_rate to 0")
+    scale = {k: v for k, v in cond.items() if k == "guidance"}
+    rest = unscaled(cond)
+    return scale | {k: torch.where(dropped.view(-1, *[1] * (v.ndim - 1)), null[k].to(v), v) for k, v in rest.items()}
+
+
+def both_predictions(
+    predict: Predictor, null: Cond, x_t: Tensor, t: Tensor, cond: Cond, *, want: Kind = "x0"
+) -> tuple[Tensor, Tensor]:
+    """The conditional and the unconditional prediction, in one evaluation of both halves.
+
+    Args:
+        predict: the network, unguided.
+        null: the unconditional condition, each tensor (1, ...), expanded to the batch.
+        x_t: noised samples, (B, ...).
+        t: their times, (B,).
+        cond: conditions, each (B, ...).
+        want: kind of prediction to return.
+
+    Returns:
+        Two of (B, ...).
+    """
+    both = {k: torch.cat([v, null[k].to(v).expand_as(v)]) for k, v in cond.items()}
+    conditional, unconditional = predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both, want=want).chunk(2)
+    return conditional, unconditional
+
+
+def guided_prediction(
+    predict: Predictor, null: Cond, scale: Tensor, x_t: Tensor, t: Tensor, cond: Cond, *, want: Kind = "x0"
+) -> Tensor:
+    """Classifier-free guidance (arXiv:2207.12598) at ``scale`` (B,): ``null + scale (cond - null)``, (B, ...).
+
+    Arguments as in ``both_predictions``; any kind will do, since guidance commutes with conversion.
+    """
+    conditional, unconditional = both_predictions(predict, null, x_t, t, cond, want=want)
+    return unconditional + scale.to(x_t).view(-1, *[1] * (x_t.ndim - 1)) * (conditional - unconditional)
 
 
 class Guided(nn.Module):
@@ -124,21 +186,27 @@ class Guided(nn.Module):
         """Stays in eval mode whatever the networks around it do."""
         return super().train(False)
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, *, want: Kind = "x0") -> Tensor:
-        """The guided prediction; shapes as ``Denoiser.forward``. Gradients flow to ``x_t``, never to parameters."""
-        if self.scale == 1.0 and "guidance" not in cond and not self.told:
-            return self.denoiser(x_t, t, cond, want=want)
+    def scales(self, t: Tensor, cond: Cond) -> Tensor:
+        """The scale that acts at each of ``t`` (B,): the batch's or this teacher's, and 1 outside the interval."""
         low, high = (f * self.schedule.t_max for f in self.interval)
         scale = cond["guidance"].to(t) if "guidance" in cond else torch.full_like(t, self.scale)
-        scale = torch.where((t >= low) & (t <= high), scale, 1.0)
+        return torch.where((t >= low) & (t <= high), scale, 1.0)
+
+    def guide(self, predict: Predictor, x_t: Tensor, t: Tensor, cond: Cond, *, want: Kind = "x0") -> Tensor:
+        """Another predictor under this guidance: a critic that is to be guided as the teacher is."""
+        if self.scale == 1.0 and "guidance" not in cond and not self.told:
+            return predict(x_t, t, cond, want=want)
+        scale = self.scales(t, cond)
         if self.told:
-            return self.denoiser(x_t, t, {**cond, "guidance": scale.to(x_t)}, want=want)
-        cond = {k: v for k, v in cond.items() if k != "guidance"}
+            return predict(x_t, t, {**cond, "guidance": scale.to(x_t)}, want=want)
+        cond = unscaled(cond)
         if not cond or not self.null:
             raise ValueError(f"guidance {self.scale} without conditions would compare the network with itself")
-        both = {k: torch.cat([v, self.null[k].to(v).expand_as(v)]) for k, v in cond.items()}
-        conditional, null = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both, want=want).chunk(2)
-        return null + scale.to(x_t).view(-1, *[1] * (x_t.ndim - 1)) * (conditional - null)
+        return guided_prediction(predict, self.null, scale, x_t, t, cond, want=want)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, *, want: Kind = "x0") -> Tensor:
+        """The guided prediction; shapes as ``Denoiser.forward``. Gradients flow to ``x_t``, never to parameters."""
+        return self.guide(self.denoiser, x_t, t, cond, want=want)
 
 
 class Rescheduled(nn.Module):
@@ -154,13 +222,15 @@ class Rescheduled(nn.Module):
         self.predictor = predictor
         self.schedule = schedule
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, *, want: Kind = "x0") -> Tensor:
-        """The prediction under the outer schedule; shapes as ``Denoiser.forward``."""
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, *, want: Kind = "x0", s: Tensor | None = None) -> Tensor:
+        """The prediction under the outer schedule; arguments as ``Denoiser.forward``'s, times of the outer one."""
         inner = self.predictor.schedule
         t_in = inner.t_from_logsnr(self.schedule.logsnr(t))
         outer_c, inner_c = self.schedule.coeffs(t, x_t), inner.coeffs(t_in, x_t)
         # Both (alpha, sigma) pairs point the same way; the ratio of their lengths is finite at either end.
         scale = torch.hypot(inner_c.alpha, inner_c.sigma) / torch.hypot(outer_c.alpha, outer_c.sigma)
         native: Kind = "eps" if want == "eps" else "x0"
-        pred = self.predictor(scale * x_t, t_in, cond, want=native)  # x0 and eps do not depend on the schedule
+        heading = {} if s is None else {"s": s.sign() * inner.t_from_logsnr(self.schedule.logsnr(s.abs()))}
+        # x0 and eps do not depend on the schedule
+        pred = self.predictor(scale * x_t, t_in, cond, want=native, **heading)
         return convert(pred, x_t, outer_c, native, want)

@@ -8,6 +8,7 @@ is one for the whole network and outlives the call.
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -101,7 +102,16 @@ class Switchboard:
         type(self.net).enable_gradient_checkpointing(self.net, self.checkpointed)
 
 
-class Adapted(nn.Module):
+class Around(nn.Module, ABC):
+    """A module around a network that diffusers knows: calls it, and has weights of its own."""
+
+    @property
+    @abstractmethod
+    def backbone(self) -> nn.Module:
+        """The network."""
+
+
+class Adapted(Around):
     """One role on a shared network: called as the network is, and holds its own LoRA weights alone.
 
     The network is not part of this module's parameters or state; ``copy.deepcopy`` makes a new role on the same
@@ -165,8 +175,8 @@ def _key(layer: str, part: str) -> str:
 
 
 def network_of(net: nn.Module) -> nn.Module:
-    """The network that runs when ``net`` is called: itself, or the one it adapts."""
-    return net.backbone if isinstance(net, Adapted) else net
+    """The network that runs when ``net`` is called: itself, or the one it is around."""
+    return net.backbone if isinstance(net, Around) else net
 
 
 def bare_state(net: nn.Module) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
@@ -20,6 +20,37 @@ class Nets(nn.ModuleDict):
     def trainable_state(self) -> dict[str, torch.Tensor]:
         """The state of everyone but the teacher."""
         return {k: v for k, v in self.state_dict().items() if not k.startswith("teacher.")}
+
+
+def freeze(net: nn.Module, layers: Sequence[str]) -> None:
+    """Fix some of a network's weights for good: they become buffers, which nobody trains.
+
+    They are saved, copied and averaged under their names as before, but optimizers, clipping and ``only_trains`` go by
+    parameters and so never see them; no gradient is computed for them either.
+
+    Args:
+        net: changed in place, before it is first trained.
+        layers: ends of the names of the submodules whose weights stay, all that is inside them included; "conv1" is
+            every layer called so, "mid_block" a whole block.
+
+    Raises:
+        ValueError: if one names no submodule with weights, or nothing is left to move.
+    """
+    fixed: set[int] = set()
+    for end in layers:
+        named = [m for name, m in net.named_modules() if name == end or name.endswith(f".{end}")]
+        found = {id(p) for module in named for p in module.parameters()}
+        if not found:
+            raise ValueError(f"freeze: {end!r} names no layer with weights of {type(net).__name__}")
+        fixed |= found
+    if all(id(p) in fixed for p in net.parameters()):
+        raise ValueError(f"freeze: {', '.join(layers)} are all weights of {type(net).__name__}; leave some to move")
+    buffers: dict[int, torch.Tensor] = {}  # weights that two modules share stay shared
+    for module in net.modules():
+        for name, p in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if id(p) in fixed:
+                delattr(module, name)
+                module.register_buffer(name, buffers.setdefault(id(p), p.detach()))
 
 
 _LISTED: WeakKeyDictionary[nn.Module, tuple[list[nn.Parameter], list[torch.Tensor]]] = WeakKeyDictionary()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepdistill.models.lora import bare_state
+from stepdistill.models.lora import Adapted, bare_state, merged_state
 
 GUIDANCE_WIDTH = 256
 """Of the embedded guidance scale, as in LCM (arXiv:2310.04378)."""
@@ -23,6 +23,18 @@ def bare_copy(net: nn.Module) -> nn.Module:
     new = _like(net)
     new.load_state_dict(state)
     return new.train(net.training)
+
+
+def unadapted(net: nn.Module) -> nn.Module:
+    """The network without adapters: those of a LoRA role are added in, other roles' are left out.
+
+    A copy, or ``net`` itself where there is nothing to take away.
+    """
+    if not isinstance(net, Adapted):
+        return bare_copy(net) if any(".lora_" in key for key in net.state_dict()) else net
+    merged = bare_copy(net.backbone)
+    merged.load_state_dict(merged_state(net))
+    return merged
 
 
 def told_guidance(net: nn.Module) -> nn.Module:

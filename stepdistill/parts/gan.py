@@ -38,10 +38,45 @@ class Gan:
                 f"{self.r1_noise}"
             )
 
-    def student_term(self, disc: Discriminator, schedule: Schedule, x0: Tensor, cond: Cond, step: Step) -> Tensor:
-        """The student's loss on its samples ``x0`` (B, ...): a scalar, with a graph through the discriminator."""
+    def student_term(
+        self,
+        disc: Discriminator,
+        schedule: Schedule,
+        x0: Tensor,
+        cond: Cond,
+        step: Step,
+        real: Tensor | None = None,
+    ) -> Tensor:
+        """The student's loss on its samples ``x0`` (B, ...): a scalar, with a graph through the discriminator.
+
+        ``real`` samples (B, ...) of the same conditions are looked at by the relativistic loss alone.
+
+        Raises:
+            ValueError: if the loss is relativistic and there are none.
+        """
         x_t, t, _ = renoise(schedule, x0, self.times, step)
-        return student_loss(disc(x_t, t, cond), self.loss)
+        logits = disc(x_t, t, cond)
+        if self.loss != "relativistic":
+            return student_loss(logits, self.loss)
+        if real is None:
+            raise ValueError("gan.loss 'relativistic' needs real samples in the student's turn; use 'softplus' here")
+        with torch.no_grad():  # the student has no part in these
+            real_logits = disc(schedule.add_noise(real, step.randn(real.shape), t), t, cond)
+        return student_loss(logits, self.loss, real_logits)
+
+    def verdicts(
+        self, disc: Discriminator, schedule: Schedule, real: Tensor, fake: Tensor, cond: Cond, step: Step
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (B, L) of real and of generated samples, and the weighted penalty; arguments as in ``disc_term``."""
+        t = self.times(schedule, len(real), step).repeat(2)
+        both = {k: torch.cat([v, v]) for k, v in cond.items()}
+        x_t = schedule.add_noise(torch.cat([real, fake.detach()]), step.randn((2 * len(real), *real.shape[1:])), t)
+        real_logits, fake_logits = disc(x_t, t, both).chunk(2)  # one evaluation of the backbone
+        if self.r1 == 0:
+            return real_logits, fake_logits, real_logits.new_zeros(())
+        near = x_t[: len(real)] + self.r1_noise * step.randn(real.shape)
+        moved = disc(near, t[: len(real)], cond)
+        return real_logits, fake_logits, self.r1 * ((moved - real_logits) / self.r1_noise).square().mean()
 
     def disc_term(
         self, disc: Discriminator, schedule: Schedule, real: Tensor, fake: Tensor, cond: Cond, step: Step
@@ -59,13 +94,6 @@ class Gan:
         Returns:
             The loss and the accuracy (0.5 is chance), scalars.
         """
-        t = self.times(schedule, len(real), step).repeat(2)
-        both = {k: torch.cat([v, v]) for k, v in cond.items()}
-        x_t = schedule.add_noise(torch.cat([real, fake.detach()]), step.randn((2 * len(real), *real.shape[1:])), t)
-        real_logits, fake_logits = disc(x_t, t, both).chunk(2)  # one evaluation of the backbone
-        loss = disc_loss(real_logits, fake_logits, self.loss)
-        if self.r1 > 0:
-            near = x_t[: len(real)] + self.r1_noise * step.randn(real.shape)
-            moved = disc(near, t[: len(real)], cond)
-            loss = loss + self.r1 * ((moved - real_logits) / self.r1_noise).square().mean()
-        return loss, disc_accuracy(real_logits, fake_logits)
+        real_logits, fake_logits, penalty = self.verdicts(disc, schedule, real, fake, cond, step)
+        loss = disc_loss(real_logits, fake_logits, self.loss) + penalty
+        return loss, disc_accuracy(real_logits, fake_logits, self.loss)

@@ -17,6 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 class Tangent(ABC):
     """How ``d/dh f(at + h along)`` at h = 0 is taken."""
 
+    @property
+    def reach(self) -> float:
+        """How far along, to either side, ``f`` is looked at."""
+        return 0.0
+
     @abstractmethod
     def __call__(self, f: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> Tensor:
         """The derivative, shaped as what ``f`` returns, detached.
@@ -55,6 +60,11 @@ class CentralDifference(Tangent):
         """Check the range."""
         if not 0 < self.h < 1:
             raise ValueError(f"tangent.h must lie in (0, 1); got {self.h}")
+
+    @property
+    def reach(self) -> float:
+        """The step."""
+        return self.h
 
     def __call__(self, f: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> Tensor:
         """See ``Tangent``."""

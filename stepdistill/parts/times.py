@@ -78,6 +78,26 @@ class LogNormal(Times):
         return (schedule.t_from_logsnr(-2 * log_sigma) / schedule.t_max).clamp(0.0, 1.0)
 
 
+@dataclass(frozen=True)
+class UShaped(Times):
+    """Density proportional to ``exp(a t) + exp(a (1 - t))``, so both ends come more often than the middle, by
+    ``cosh(a / 2)`` (arXiv:2405.20320 sec. 4.1; its print lacks the 1, its code has it). Stratified as ``Uniform``.
+    """
+
+    a: float = 4.0
+    """How deep the U is."""
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if not 0 < self.a < 100:
+            raise ValueError(f"times need 0 < a < 100; got {self.a}")
+
+    def fractions(self, schedule: Schedule, n: int, step: Step) -> Tensor:
+        """See ``Times``; by the inverse of ``1/2 + sinh(a (t - 1/2)) / (2 sinh(a / 2))``."""
+        u = Uniform().fractions(schedule, n, step)
+        return (0.5 + torch.asinh((2 * u - 1) * math.sinh(self.a / 2)) / self.a).clamp(0.0, 1.0)
+
+
 def _positive(std: float) -> None:
     if not 0 < std < math.inf:
         raise ValueError(f"times need a standard deviation above 0; got {std}")

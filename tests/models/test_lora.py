@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from stepdistill.build import new_critic, new_student
+from stepdistill.build import new_critic, new_network, new_student
 from stepdistill.models.denoiser import Guided
 from stepdistill.models.families import open_pipeline
 from stepdistill.models.families.sd import UNET_LORA
@@ -214,6 +214,17 @@ def test_only_trains_frees_the_roles_that_move_whatever_the_order(base: UNet2DCo
     with only_trains(nets, ("student",)) as moved:
         assert {id(p) for p in moved} == {id(p) for p in one.parameters()}
         assert {id(p) for p in base.parameters() if p.requires_grad} == {id(p) for p in one.parameters()}
+
+
+def test_adapters_on_a_base_of_their_own_share_nothing() -> None:
+    opened = open_pipeline(sd.pipeline())
+    student, critic = (new_network(opened, Weights("lora", rank=2, own_base=True)) for _ in range(2))
+    nets = (student.backbone, critic.backbone, opened.denoiser.net)
+    assert len({id(p) for net in nets for p in net.parameters()}) == sum(len(list(net.parameters())) for net in nets)
+    for name, value in bare_state(opened.denoiser.net).items():
+        assert torch.equal(bare_state(student.backbone)[name], value)
+    with pytest.raises(ValueError, match=r"own_base is for adapters: it needs form 'lora'"):
+        Weights(own_base=True)
 
 
 def test_a_shared_run_holds_one_network_and_saves_adapters_alone() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stepdistill.models.denoiser import Denoiser, plain_call
 from stepdistill.models.nets import Nets
+from stepdistill.models.two_time import TwoTime
 from stepdistill.objective import Batch, Objective, Step
 from stepdistill.sampling import Sampler, sample
 from stepdistill.schedule import DiscreteVP
@@ -54,10 +55,11 @@ class VectorDisc(nn.Module):
         return self.net(torch.cat([x_t, t[:, None].to(x_t)], 1))
 
 
-def student_like(denoiser: Denoiser, sampler: Sampler) -> Student:
+def student_like(denoiser: Denoiser, sampler: Sampler, two_time: bool = False) -> Student:
     """A student that starts from a pretrained network."""
     net = mlp(2)
     net.load_state_dict(denoiser.net.state_dict())
+    net = TwoTime(net, at="enter") if two_time else net
     return Student(sampler, net, denoiser.schedule, denoiser.kind)
 
 
@@ -76,7 +78,7 @@ def distilled(
     torch.manual_seed(0)
     nets = Nets()
     nets["teacher"] = teacher
-    nets["student"] = student_like(start, sampler)
+    nets["student"] = student_like(start, sampler, objective.two_time)
     if "critic" in optim:
         nets["critic"] = Denoiser(student_like(start, sampler).net, start.schedule, start.kind)
     if "disc" in optim:

@@ -75,6 +75,34 @@ def test_the_discriminator_sees_real_and_fake_at_the_same_times_in_one_call(loss
     assert disc.weight.grad is not None
 
 
+def test_the_relativistic_term_compares_with_real_samples_noised_to_the_same_times() -> None:
+    gan, disc = Gan(loss="relativistic", times=Uniform(0.1, 0.6)), Linear()
+    x0, real = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE)
+    term = gan.student_term(disc, SCHEDULE, x0, cond(), Step.at(2), real=real)
+    twin = Step.at(2)
+    t = Uniform(0.1, 0.6)(SCHEDULE, 6, twin)
+    x_t, real_t = (SCHEDULE.add_noise(x, twin.randn(SHAPE), t) for x in (x0, real))
+    by_hand = torch.nn.functional.softplus((real_t - x_t).flatten(1) @ disc.weight).mean()
+    assert_close(term, by_hand)
+    grads = [torch.autograd.grad(v, x0, retain_graph=True)[0] for v in (term, by_hand)]
+    assert_close(grads[0], grads[1])
+    assert not disc.seen[-1][0].requires_grad  # nothing is kept of the real branch
+    value, accuracy = gan.disc_term(disc, SCHEDULE, real, x0, cond(), Step.at(3))
+    ((x_t, _),) = disc.seen[-1:]
+    lead = (x_t[:6] - x_t[6:]).flatten(1) @ disc.weight
+    assert_close(value, torch.nn.functional.softplus(-lead).mean())
+    assert_close(accuracy, (lead > 0).float().mean())
+    with pytest.raises(ValueError, match=r"gan.loss 'relativistic' needs real samples in the student's turn"):
+        gan.student_term(disc, SCHEDULE, x0, cond(), Step.at(2))
+
+
+def test_other_losses_leave_real_samples_unseen() -> None:
+    disc, x0 = Linear(), torch.randn(SHAPE)
+    plain = Gan().student_term(disc, SCHEDULE, x0, cond(), Step.at(2))
+    assert_close(Gan().student_term(disc, SCHEDULE, x0, cond(), Step.at(2), real=torch.randn(SHAPE)), plain)
+    assert len(disc.seen) == 2
+
+
 def test_identical_players_leave_the_discriminator_at_chance() -> None:
     class Blind(nn.Module):
         def forward(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:

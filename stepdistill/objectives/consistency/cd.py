@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -11,6 +10,7 @@ import torch
 from stepdistill.functional.distances import L2, Distance
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
+from stepdistill.parts.discretisation import Doubling
 from stepdistill.sampling import Ddim, Move, Sampler, StepRule
 
 
@@ -66,9 +66,7 @@ class CD(Objective):
 
     def intervals(self, index: int) -> int:
         """Grid intervals at step ``index``."""
-        stages = 1 + math.ceil(math.log2(self.grid_end / self.grid_start))
-        stage = min(stages * index // max(self.grow_until, 1), stages - 1)
-        return min(self.grid_start << stage, self.grid_end)
+        return Doubling(self.grid_start, self.grid_end, self.grow_until).intervals(index)
 
     def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
         """Agreement of neighbours on the teacher's ODE."""

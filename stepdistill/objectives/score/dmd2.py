@@ -10,10 +10,10 @@ from torch import Tensor
 from stepdistill.functional.divergence import dmd_gap, pull
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
-from stepdistill.parts.critic import denoising_loss
+from stepdistill.parts.game import fitted_critic, judged, new_samples, student_samples
 from stepdistill.parts.gan import Gan
 from stepdistill.parts.rollout import BackwardSim, Rollout, refuse_one_step
-from stepdistill.parts.times import Times, Uniform, renoise
+from stepdistill.parts.times import Times, Uniform
 from stepdistill.sampling import Sampler
 
 
@@ -66,13 +66,10 @@ class DMD2(Objective):
 
     def score_gap(self, nets: Nets, batch: Batch, step: Step) -> tuple[Tensor, Tensor]:
         """Student samples (with a graph) and the direction to subtract from them, both (B, ...)."""
-        x0 = self.rollout(nets.student, batch, step)
-        step.shared["student_x0"] = x0.detach()
+        x0 = new_samples(self.rollout, nets, batch, step)
         with torch.no_grad():
-            x_t, t, _ = renoise(nets.teacher.schedule, x0, self.times, step)
-            teacher_x0 = nets.teacher(x_t, t, batch.cond)
-            critic_x0 = nets.critic(x_t, t, batch.cond)
-        return x0, dmd_gap(x0, teacher_x0, critic_x0)
+            at = judged(nets, x0, batch.cond, self.times, step)
+        return x0, dmd_gap(x0, at.teacher, at.critic)
 
     def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
         """Distribution matching plus the adversarial term."""
@@ -83,19 +80,12 @@ class DMD2(Objective):
         adv = self.gan.student_term(nets.disc, nets.teacher.schedule, x0, batch.cond, step)
         return Loss(dm + self.gan.weight * adv, dm=dm, adv=adv)
 
-    def samples(self, nets: Nets, batch: Batch, step: Step) -> Tensor:
-        """The samples that the student's turn has just made, or new ones where it was not its turn."""
-        if "student_x0" not in step.shared:
-            with torch.no_grad():
-                step.shared["student_x0"] = self.rollout(nets.student, batch, step)
-        return step.shared["student_x0"]
-
     def critic_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
         """Denoise the student's samples."""
-        return Loss(denoising_loss(nets.critic, self.samples(nets, batch, step), batch.cond, self.critic_times, step))
+        return fitted_critic(self.rollout, self.critic_times, nets, batch, step)
 
     def disc_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
         """Tell the student's samples from real ones of the same conditions."""
-        fake = self.samples(nets, batch, step)
+        fake = student_samples(self.rollout, nets, batch, step)
         loss, accuracy = self.gan.disc_term(nets.disc, nets.teacher.schedule, batch.x0, fake, batch.cond, step)
         return Loss(loss, disc=loss, disc_accuracy=accuracy)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from stepdistill.functional.distances import L2, Distance
-from stepdistill.functional.ode import jump
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
-from stepdistill.parts.segments import Segments
+from stepdistill.parts.segments import Segments, two_jumps
 from stepdistill.sampling import Ddim, Move, Sampler, StepRule, Tcd
 
 
@@ -22,8 +21,9 @@ class TSCD(Objective):
     further down (sec. 3.1).
 
     A run covers one number of segments; Hyper-SD's 8 -> 4 -> 2 -> 1 is a chain of recipes, each warm-started from the
-    last and kept. With every end at the segment's lower edge this is PCM (arXiv:2405.18407); with one segment it is
-    CTM's pairing (arXiv:2310.02279) compared at the end itself.
+    last and kept. With ``also`` a last stage covers several, and one student serves them all: the unified LoRA. With
+    every end at the segment's lower edge this is PCM (arXiv:2405.18407); with one segment it is CTM's pairing
+    (arXiv:2310.02279) compared at the end itself.
     """
 
     needs = frozenset({"student", "teacher"})
@@ -31,6 +31,11 @@ class TSCD(Objective):
 
     segments: Segments = field(default_factory=Segments)
     """How many segments, and the solver's grid."""
+    also: tuple[int, ...] = ()
+    """Further numbers of segments, to serve that many steps too: each batch draws one number of all. The network is not
+    told which, so it learns one clean estimate for jumps of all lengths. The paper says only that its LoRA is trained
+    for one to eight steps; drawing is our own way, *unverified*.
+    """
     to_edge: float = 0.0
     """Share of samples whose jump ends at the segment's lower edge instead of a random point: 0 is the paper, 1 PCM."""
     solver: StepRule = field(default_factory=Ddim)
@@ -47,16 +52,27 @@ class TSCD(Objective):
                 f"objective.to_edge must lie in [0, 1] and target_decay in [0, 1); got {self.to_edge} and "
                 f"{self.target_decay}"
             )
+        if len({cut.count for cut in self.cuts}) < len(self.cuts):
+            raise ValueError(f"objective.also must be other numbers than {self.segments.count}; got {list(self.also)}")
+
+    @property
+    def cuts(self) -> tuple[Segments, ...]:
+        """All ways to cut that are trained."""
+        return (self.segments, *(replace(self.segments, count=n) for n in self.also))
 
     def check(self, sampler: Sampler) -> None:
         """The student jumps from edge to edge, so its grid is the segments' upper edges."""
-        if sampler.times != self.segments.edges:
+        if all(sampler.times != cut.edges for cut in self.cuts):
             raise ValueError(
                 f"sampler.times {list(sampler.times)} are not the upper edges of {self.segments.count} segments, "
                 f"{list(self.segments.edges)}; let objective.segments.count and the sampler's steps agree"
             )
         if not isinstance(sampler.rule, Ddim | Tcd):
             raise ValueError(f"sampler.rule {sampler.rule} does not jump from edge to edge; use Ddim() or Tcd(gamma)")
+
+    def serves(self, sampler: Sampler) -> tuple[Sampler, ...]:
+        """The same rule on the edges of every cut."""
+        return tuple(replace(sampler, times=cut.edges) for cut in self.cuts)
 
     def turns(self) -> tuple[Turn, ...]:
         """One update of the student."""
@@ -68,7 +84,8 @@ class TSCD(Objective):
 
     def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
         """Agreement of two jumps to the same end, from neighbours on the teacher's ODE."""
-        schedule, segments, n = nets.student.schedule, self.segments, len(batch)
+        schedule, n = nets.student.schedule, len(batch)
+        segments = self.cuts[int(step.integers(len(self.cuts), 1))] if self.also else self.segments
         eps = step.randn(batch.shape)
         i = step.integers(segments.solver_steps, n) + 1  # t is grid point i, s the one below
         edge = segments.lower_edge(i)
@@ -77,11 +94,5 @@ class TSCD(Objective):
         end = low + share * (s - low)  # uniform in [edge, s]
 
         x_t = schedule.add_noise(batch.x0, eps, t)
-        c_t, c_s, c_end = (schedule.coeffs(u, x_t) for u in (t, s, end))
-        with torch.no_grad():
-            x_s, _ = self.solver(nets.teacher, x_t, Move(t, s, batch.cond, step.rng))
-            # At s = end the jump is the identity, so the target is the solver's state itself.
-            target = jump(x_s, nets.target(x_s, s, batch.cond), c_s, c_end)
-            target = torch.where((s == end).view_as(c_s.alpha), x_s, target)
-        moved = jump(x_t, nets.student(x_t, t, batch.cond), c_t, c_end)
+        moved, target = two_jumps(nets, nets.target, self.solver, x_t, Move(t, s, batch.cond, step.rng), end)
         return Loss(self.distance(moved, target).mean())

@@ -1,0 +1,196 @@
+"""Every method on the bundled digits teacher under one budget of network evaluations: one table, one page of plots.
+
+    python eval/methods.py [--methods cd pcm ...] [--steps 1 2 4 8] [--seeds 0 1 2] [--jobs 2] [--finished]
+
+A method's row holds its recipe ``digits_METHOD@K`` for each number of steps K that it serves, each trained for that K
+from the teacher's weights, with its updates scaled to the one budget (``common.BUDGET``; data made by the teacher count
+towards it). Writes ``eval/methods/results.json``, ``costs.json``, ``table.md``, and a plot for each family. Runs lie
+under ``runs/eval``, and those that are finished are not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+from common import RUNS, Measured, put_into_readme, recipe_of, run_all, teacher_records
+
+import stepdistill.objectives  # noqa: F401 (fills the registry)
+from stepdistill.build import open_teacher
+from stepdistill.evaluation.records import Record, check_same_protocol, load_records, save_records
+from stepdistill.evaluation.report import quality_plot
+from stepdistill.objective import registered
+from stepdistill.plan import plan
+from stepdistill.recipe import Teacher
+from stepdistill.recipes import find
+
+HERE = Path(__file__).resolve().parent / "methods"
+TEACHER = Teacher("bundled:digits")
+TEACHER_STEPS = (1, 2, 4, 8, 16, 50)
+METRICS = {"fd": 2, "pix": 2, "precision": 1, "recall": 1, "coverage": 1, "accuracy": 1}
+METHODS = tuple(
+    name
+    for name, cls in sorted(registered().items(), key=lambda item: (item[1].family, item[0]))
+    if cls.__module__.startswith("stepdistill.objectives.")
+)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The table of methods."""
+
+    methods: tuple[str, ...] = METHODS
+    """Registered names."""
+    steps: tuple[int, ...] = (1, 4, 2, 8)
+    """Student steps, in the order in which they are run."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Training seeds. Samples are drawn with seed 0 throughout."""
+    jobs: int = 2
+    """Processes, one thread each."""
+    n: int = 5000
+    """Images per evaluation."""
+    finished: bool = False
+    """Run nothing; write what the finished runs give."""
+    runs: Path = RUNS
+    """Where the runs lie."""
+    out: Path = HERE
+    """Where results go."""
+
+
+def served(methods: Sequence[str], steps: Sequence[int]) -> list[str]:
+    """``digits_METHOD@K`` for every K that the method's recipe accepts, all methods of a K together."""
+    names = []
+    for k in steps:
+        for method in methods:
+            try:
+                find(f"digits_{method}@{k}")
+            except ValueError as refused:
+                print(f"left out: {refused}")
+            else:
+                names.append(f"digits_{method}@{k}/budget")
+    return names
+
+
+def main(given: Arguments) -> None:
+    """Run everything that is not there yet, then write tables and figures."""
+    torch.set_num_threads(1)
+    how = Measured(given.n, given.runs)
+    names = served(given.methods, given.steps)
+    if given.finished:
+        records = teacher_records(TEACHER, TEACHER_STEPS, how)
+        folders = [given.runs / name.replace("/", "-") / f"seed{seed}" for name in names for seed in given.seeds]
+        for path in (folder / f"records-{given.n}.json" for folder in folders):
+            records += load_records(path) if path.is_file() else []
+    else:
+        records = run_all(names, given.seeds, [TEACHER], TEACHER_STEPS, how, given.jobs)
+    records = [r for r in records if ", after " not in r.subject]  # a chain's earlier stages
+    given.out.mkdir(parents=True, exist_ok=True)
+    save_records(given.out / "results.json", records)
+    costs = costs_of([name for name in names if any(r.subject.startswith(f"{name} #") for r in records)])
+    (given.out / "costs.json").write_text(json.dumps(costs, indent=1) + "\n")
+    values = gathered(records)
+    short, full = overview(values, costs), everything(values)
+    (given.out / "table.md").write_text(f"{short}\n{full}")
+    if given.out == HERE:
+        put_into_readme("methods", short)
+    print(short)
+    plots(records, given.out)
+
+
+def costs_of(names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Of each recipe: evaluations in all, per sample of an update (of the last stage), and bytes held for a sample."""
+    opened, found = open_teacher(TEACHER), {}
+    for name in names:
+        stages = plan(recipe_of(name), opened)
+        found[name] = {
+            "evaluations": sum(s.evaluations for s in stages),
+            "data_evaluations": sum(s.data for s in stages),
+            "stages": [asdict(s) for s in stages],
+        }
+    return found
+
+
+def gathered(records: Sequence[Record]) -> dict[tuple[str, int], dict[str, list[float]]]:
+    """(method or teacher, steps) -> metric -> one value per training seed."""
+    check_same_protocol([r for r in records if r.metric in METRICS])
+    values: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for r in records:
+        method = r.subject.partition("@")[0].removeprefix("digits_")
+        values.setdefault((method, r.steps), {}).setdefault(r.metric, []).append(r.value)
+    return values
+
+
+def overview(values: Mapping[tuple[str, int], Mapping[str, list[float]]], costs: Mapping[str, dict]) -> str:
+    """One line per method: what it costs, and FD (pixel FD, recall) at each number of steps."""
+    ks = (1, 2, 4, 8)
+    head = ["method", "family", "data", "evaluations per sample", *(f"{k} step{'s' * (k > 1)}" for k in ks)]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    teacher = [_cell(values.get(("teacher", k))) for k in ks]
+    lines.append("| teacher | | | | " + " | ".join(teacher) + " |")
+    lines.append(f"| teacher, 50 steps | | | | {_cell(values[('teacher', 50)])} | | | |")
+    for method in METHODS:
+        cells = [_cell(values.get((method, k))) for k in ks]
+        if any(cells):
+            cls, own = registered()[method], [c for name, c in costs.items() if name.startswith(f"digits_{method}@")]
+            data = ", ".join(sorted(cls().data)) or "none"
+            per_update = sorted({round(s["per_update"], 1) for c in own for s in c["stages"]})
+            spread = f"{per_update[0]:g}" if len(per_update) == 1 else f"{per_update[0]:g} - {per_update[-1]:g}"
+            lines.append(f"| {method} | {cls.family} | {data} | {spread} | " + " | ".join(cells) + " |")
+    runs = [c["evaluations"] for c in costs.values()]
+    note = (
+        "FD % (lowest - highest over training seeds) / pixel FD % / recall %; medians. Every run starts from the "
+        f"teacher's weights and spends {min(runs) / 1e3:.0f} to {max(runs) / 1e3:.0f} thousand network evaluations "
+        "of one sample, making its data included; a backward pass counts as two."
+    )
+    return "\n".join([*lines, "", note]) + "\n"
+
+
+def _cell(values: Mapping[str, list[float]] | None) -> str:
+    if not values:
+        return ""
+    fd, pix, recall = (statistics.median(values[m]) for m in ("fd", "pix", "recall"))
+    spread = f" ({min(values['fd']):.2f} - {max(values['fd']):.2f})" if len(values["fd"]) > 1 else ""
+    return f"{fd:.2f}{spread} / {pix:.2f} / {recall:.0f}"
+
+
+def everything(values: Mapping[tuple[str, int], Mapping[str, list[float]]]) -> str:
+    """All metrics, one line per method and number of steps."""
+    head = ["method", "steps", "seeds", *METRICS, "seconds"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for (method, steps), metrics in values.items():
+        cells = [method, str(steps), str(len(metrics["fd"]))]
+        for metric, digits in METRICS.items():
+            v = metrics[metric]
+            spread = f" ({min(v):.{digits}f} - {max(v):.{digits}f})" if len(v) > 1 else ""
+            cells.append(f"{statistics.median(v):.{digits}f}{spread}")
+        seconds = metrics.get("training_seconds", [])
+        lines.append("| " + " | ".join([*cells, f"{statistics.median(seconds):.0f}" if seconds else ""]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plots(records: Sequence[Record], out: Path) -> None:
+    """FD and pixel FD against steps, the teacher and one family in each picture; medians over training seeds."""
+    middle: dict[tuple[str, int], list[Record]] = {}
+    for r in records:
+        if r.metric == "fd":
+            middle.setdefault((r.subject.partition(" #")[0], r.steps), []).append(r)
+    chosen = {sorted(g, key=lambda r: r.value)[len(g) // 2].subject for g in middle.values()}
+    for family in sorted({registered()[m].family for m in METHODS}):
+        wanted = {"teacher", *(m for m in METHODS if registered()[m].family == family)}
+        shown = [
+            replace(r, subject=r.subject.partition("@")[0].removeprefix("digits_"))
+            for r in records
+            if r.subject in chosen and r.metric in METRICS
+        ]
+        shown = [r for r in shown if r.subject in wanted]
+        if any(r.role == "student" for r in shown):
+            quality_plot(shown, out / f"{family}.svg")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))

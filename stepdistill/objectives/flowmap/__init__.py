@@ -1,0 +1,1 @@
+"""Flow maps: students that jump from any time to any other, told both."""

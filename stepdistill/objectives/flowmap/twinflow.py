@@ -1,0 +1,149 @@
+"""TwinFlow: a flow map whose negative times hold its own samples' flow, with RCGM. arXiv:2512.05150"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stepdistill.functional.distances import L2
+from stepdistill.models.denoiser import Cond, unscaled
+from stepdistill.models.nets import Nets
+from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
+from stepdistill.parts.flow import CLOSEST, STRAIGHT, on_straight, only_jumps, start_state, start_time, straight
+from stepdistill.parts.times import Times, Uniform
+from stepdistill.sampling import Sampler, at
+
+
+@register("twinflow", family="flowmap", paper="2512.05150")
+@dataclass(frozen=True)
+class TwinFlow(Objective):
+    """Move the average velocity F from t to s onto what a short step along the flow and a walk of its running average
+    make of it (RCGM), and one-step samples along the gap between the fake flow F(-t, -t) and the real one (sec. 3).
+
+    Of four slices of a batch the first heads from noise to data, the second and third a little and any way down, and
+    the fourth holds the student's own samples, whose plain flow is learned at negative times: the student is its own
+    critic, as MDT's is, but is taught to be one. Unlike MeanFlow it takes no derivative.
+    """
+
+    needs = frozenset({"student", "teacher"})
+    data = frozenset({"x0"})
+    two_time = True
+
+    velocity: Literal["data", "teacher"] = "data"
+    """Where the flow's velocity comes from: noise and data, as in the paper, or the guided teacher. The paper's
+    image-free mode, own samples throughout, is not here."""
+    guidance: float = 0.5
+    """Of the running average's ``F(cond) - F(null)``, how much is added to the velocity from data; 0 adds nothing."""
+    times: Times = field(default_factory=Uniform)
+    """Where all slices but the first start, and where one-step samples are looked at."""
+    rectify: float = 0.5
+    """Weight of the term on one-step samples."""
+    delta: float = 0.01
+    """Length of the step along the flow."""
+    hops: int = 2
+    """Of the walk behind it."""
+    near: float = 0.05
+    """Largest share of t that the second slice goes down."""
+    target_decay: float = 0.99
+    """Of the running average."""
+    c: float = 1e-3
+    """Where losses turn from squared to linear, in units of the velocity."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name, top in (("delta", 0.5), ("near", 1.0), ("target_decay", 1 - 1e-12), ("c", math.inf)):
+            if not 0 < getattr(self, name) <= top:
+                raise ValueError(f"objective.{name} must lie above 0 and at most at {top:g}; got {getattr(self, name)}")
+        for name, least in (("hops", 1), ("rectify", 0), ("guidance", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"objective.{name} must be at least {least}; got {getattr(self, name)}")
+        if self.velocity == "teacher" and self.guidance:
+            raise ValueError("objective.guidance is mixed into data; under velocity 'teacher' set it 0")
+
+    def check(self, sampler: Sampler) -> None:
+        """The student jumps from time to time."""
+        only_jumps(sampler)
+
+    def turns(self) -> tuple[Turn, ...]:
+        """One update of the student."""
+        return (Turn(self.student_loss, moves=("student",)),)
+
+    def averages(self) -> Mapping[str, float]:
+        """Who walks."""
+        return {"target": self.target_decay}
+
+    def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
+        """All four slices in one evaluation, then the rectification of the first."""
+        f, schedule, n = straight(nets.student), nets.student.schedule, len(batch)
+        one, two, three = (math.ceil(n * k / 4) for k in (1, 2, 3))  # ends of the slices; the last may be empty
+        top = start_time(schedule)
+        eps, noise, again = step.randn(batch.shape), step.randn(batch.shape), step.randn(batch.shape)
+        inner, share, level = self.times(schedule, n, step), step.rand(n), self.times(schedule, n, step)
+
+        level = on_straight(schedule, level).clamp_min(CLOSEST)
+        share[one:two] *= self.near
+        t, s = (on_straight(schedule, u).clamp_min(CLOSEST) for u in (inner, inner * (1 - share)))
+        t[:one], s[:one], s[three:] = top, 0.0, -t[three:]
+        x0 = batch.x0.clone()
+        if three < n:
+            with torch.no_grad():
+                z, cond = noise[three:] * schedule.prior_std, {k: v[three:] for k, v in batch.cond.items()}
+                x0[three:] = nets.student(z, at(schedule.t_max, z), cond, s=at(0.0, z))
+        x_t = STRAIGHT.add_noise(x0, eps, t)
+        x_t[:one] = start_state(schedule, eps[:one])
+
+        out = f(x_t, t, batch.cond, want="velocity", s=s)
+        with torch.no_grad():
+            target = eps - x0
+            live: Cond = {k: v[:three] for k, v in batch.cond.items()}
+            v = self.flow(nets, target[:three], x_t[:three], t[:three], live)
+            target[:three] = self.recursion(nets, out[:three], v, x_t[:three], t[:three], s[:three], live)
+            weight = torch.where(s < 0, 1.0, ((1 - (t - s)) * math.pi / 2.5).tan() + 1).to(x_t)
+        base = (weight * self.size(out, target)).mean()
+        if not self.rectify:
+            return Loss(base)
+        with torch.no_grad():
+            x_s = STRAIGHT.add_noise(x_t[:one] - top * out[:one], again[:one], level[:one])
+            both = {k: torch.cat([v[:one], v[:one]]) for k, v in batch.cond.items()}
+            u, own = torch.cat([level[:one], level[:one]]), torch.cat([-level[:one], level[:one]])
+            fake, real = f(torch.cat([x_s, x_s]), u, both, want="velocity", s=own).chunk(2)
+            aim = out[:one] - (fake - real).clamp(-1, 1)  # lowering F raises the sample
+        rectify = self.size(out[:one], aim).mean()
+        return Loss(base + self.rectify * rectify, base=base, rectify=rectify)
+
+    def flow(self, nets: Nets, v: Tensor, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The velocity to follow: ``v`` from data, guided, or the teacher's; (B, ...)."""
+        if self.velocity == "teacher":
+            return straight(nets.teacher)(x_t, t, cond, want="velocity")
+        if not self.guidance:
+            return v
+        target, null, cond = straight(nets.target), nets.teacher.null, unscaled(cond)
+        if not cond or not null:
+            raise ValueError(f"objective.guidance {self.guidance} needs conditions and a null one; set it 0")
+        null = {k: null[k].to(value).expand_as(value) for k, value in cond.items()}
+        given, null = (target(x_t, t, c, want="velocity", s=t) for c in (cond, null))
+        return v + self.guidance * (given - null)
+
+    def recursion(self, nets: Nets, out: Tensor, v: Tensor, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
+        """What ``out`` should be: RCGM's residual is taken off it, clipped; (B, ...)."""
+        shape = (-1, *[1] * (x_t.ndim - 1))
+        target, x = straight(nets.target), x_t - self.delta * v
+        middle, walked = torch.maximum(t - self.delta, s), torch.zeros_like(x)
+        length = (middle - s) / self.hops
+        for k in range(self.hops):
+            u = middle - k * length
+            way = length.to(x).view(shape) * target(x, u, cond, want="velocity", s=(u - length).clamp_min(0))
+            x, walked = x - way, walked + way
+        residual = ((t - s).to(x).view(shape) * out - walked) / self.delta - v
+        residual = torch.where((t < s + self.delta).view(shape), out - v, residual)
+        return out - residual.clamp(-1, 1)
+
+    def size(self, a: Tensor, b: Tensor) -> Tensor:
+        """Squared error over its root: Barron's reweighting at alpha = 1, (B,)."""
+        m = L2()(a, b)
+        return m / (m.detach() + self.c**2).sqrt()

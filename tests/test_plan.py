@@ -1,0 +1,67 @@
+"""What a recipe will cost, against counts made by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from stepdistill.build import open_teacher
+from stepdistill.models.families import Opened, open_pipeline
+from stepdistill.parts.gan import Gan
+from stepdistill.plan import parameters, plan
+from stepdistill.recipe import Teacher, Weights
+from stepdistill.recipes import find
+from tests.tiny import sd
+
+
+@pytest.fixture(scope="module")
+def digits() -> Opened:
+    return open_teacher(Teacher("bundled:digits"))
+
+
+def test_a_regression_costs_three_per_sample_and_its_trajectories(digits: Opened) -> None:
+    recipe = find("digits_kd")
+    (stage,) = plan(recipe, digits)
+    run, data = recipe.run, recipe.data
+    assert stage.per_update == 3
+    assert stage.data == data.count * data.solver.steps
+    assert stage.evaluations == run.steps * run.batch * 3 + stage.data
+    own = sum(p.numel() for p in digits.denoiser.parameters())
+    assert stage.parameters == 3 * own  # teacher, student and its average
+
+
+def test_guidance_doubles_what_the_data_cost(digits: Opened) -> None:
+    recipe = find("digits_kd")
+    (plain,), (guided,) = (
+        plan(replace(recipe, teacher=replace(recipe.teacher, guidance=scale)), digits) for scale in (1.0, 2.0)
+    )
+    assert guided.data == 2 * plain.data and guided.per_update == plain.per_update
+
+
+def test_turns_that_are_not_always_due_are_averaged(digits: Opened) -> None:
+    """Without a GAN: the student's turn costs 3 + 1 + 1, the critic's 3, and a rollout where there was no student's."""
+    recipe = find("digits_dmd2")
+    objective = replace(recipe.objective, gan=Gan(weight=0.0), student_every=4)
+    recipe = replace(recipe, objective=objective, run=replace(recipe.run, steps=8))
+    (stage,) = plan(recipe, digits)
+    assert stage.per_update == pytest.approx(((3 + 1 + 1 + 3) + 3 * (1 + 3)) / 4)
+
+
+def test_every_stage_of_a_chain_is_planned_for_its_own_student(digits: Opened) -> None:
+    stages = plan(find("digits_tscd"), digits)
+    assert [s.steps for s in stages] == [4, 2, 1] and all(s.per_update == 5 for s in stages)
+
+
+def test_a_shared_backbone_is_counted_once() -> None:
+    """Whatever plays on it: the held parameters are the network and three sets of adapters (one is the average)."""
+    opened = open_pipeline(sd.pipeline())
+    recipe = find("shapes_sd_shared")
+    lora = Weights("lora", rank=2)
+    objective = replace(recipe.objective, gan=Gan(weight=0.0))
+    recipe = replace(recipe, warm_start=None, student=lora, critic=lora, objective=objective)
+    (stage,) = plan(recipe, opened)
+    bare = sum(p.numel() for name, p in opened.denoiser.named_parameters() if ".lora_" not in name)
+    one_role = sum(p.numel() for n, p in opened.denoiser.named_parameters() if ".lora_" in n and "role0" in n)
+    assert one_role > 0 and stage.parameters == bare + 3 * one_role
+    assert parameters([opened.denoiser, opened.denoiser]) == parameters([opened.denoiser])
