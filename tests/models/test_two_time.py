@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,9 @@ IMAGE = 1e-5
 """Largest difference of images in [0, 1] between float32 ways to the same image."""
 
 
+@cache
 def opened_tiny(family: str) -> Opened:
+    """Shared, so not to be adapted in place."""
     module = importlib.import_module(f"tests.tiny.{family}")
     return open_pipeline(module.pipeline(), size=getattr(module, "SIZE", None))
 
@@ -104,7 +107,7 @@ def test_derivatives_in_both_times_are_those_of_finite_differences(time: str) ->
     zero, one = torch.zeros_like(t), torch.ones_like(t)
     along = (torch.randn_like(x), one, zero) if time == "t" else (torch.zeros_like(x), zero, one)
     exact = Jvp()(f, (x, t, s), along)
-    assert exact.abs().max() > 0.1
+    assert exact.abs().max() > 0.02
     # the network computes its features in float64 here, so that small steps are clean
     assert_close(CentralDifference(1e-5)(f, (x, t, s), along), exact, rtol=1e-5, atol=1e-6)
 
@@ -211,7 +214,7 @@ def test_a_copy_is_its_own_and_a_checkpoint_brings_it_back(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("family", ["sd", "sd3"])
 def test_adapters_share_the_network_and_have_second_times_of_their_own(family: str) -> None:
-    opened = opened_tiny(family)
+    opened = opened_tiny.__wrapped__(family)
     x_t, cond = torch.randn(2, *opened.sample_shape), conditions(opened)
     t = torch.tensor([0.6, 1.0], dtype=torch.float64)
     with torch.no_grad():

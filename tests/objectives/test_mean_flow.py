@@ -216,6 +216,26 @@ def test_differences_look_neither_below_s_nor_beyond_the_start(h: float) -> None
     assert loss < 0.05 * h**2  # a bias of the order of h where it looks back, of its square elsewhere
 
 
+def test_looking_back_is_along_the_trajectory() -> None:
+    """Right below the start, where it moves by h: the middle of both points is where Euler's step back leads."""
+    states: list[tuple[Tensor, Tensor]] = []
+
+    class Watched(ExactFlowMap):
+        def forward(self, x_t: Tensor, t: Tensor, cond, *, want="x0", s=None) -> Tensor:
+            states.append((x_t.detach(), t.detach()))
+            return super().forward(x_t, t, cond, want=want, s=s)
+
+    teacher = bed(RectifiedFlow())
+    nets = Nets({"student": Watched(teacher), "teacher": teacher})
+    objective = distilling(tangent=CentralDifference(0.1), times=Uniform(0.99, 1.0), to_grid=1.0)
+    objective.student_loss(nets, batch_of(teacher, 50), Step.at(0))
+    (ahead, t_ahead), (behind, t_behind), (x, t) = states
+    middle, shift = (t_ahead + t_behind) / 2, t - (t_ahead + t_behind) / 2
+    assert shift.min() > 0.08 and t_ahead.max() < 1 and bool((middle > 0.85).all())
+    v = teacher(x, t, {}, want="velocity")
+    assert_close((ahead + behind) / 2, x - shift[:, None] * v, rtol=1e-9, atol=1e-9)
+
+
 def test_bad_settings_are_named() -> None:
     with pytest.raises(ValueError, match=r"objective\.unequal must lie in \[0, 1\]; got 2"):
         MeanFlow(unequal=2)
@@ -236,9 +256,9 @@ def test_bad_settings_are_named() -> None:
 @pytest.mark.parametrize("steps", [1, 2])
 def test_distillation_reaches_the_exact_ode_map(gaussian: GaussianTeacher, steps: int) -> None:
     sampler, start = Sampler(trailing(steps), Ddim()), pretrained(gaussian)
-    before = map_error(gaussian, student_like(start, sampler))
+    assert map_error(gaussian, student_like(start, sampler)) > 0.5
     objective = distilling(to_grid=0.5, distance=AdaptiveL2(), tangent=CentralDifference(0.1))
-    optim = {"student": AdamW(2e-3, decay="linear")}
+    optim = {"student": AdamW(1e-3, decay="linear")}
     after = map_error(gaussian, distilled(objective, gaussian, start, sampler, optim, 400, batch=128))
-    print(steps, before, after)
-    assert after < 0.25 and after < before / 2
+    # 0.11 to 0.18 in one step from 0.72, 0.18 to 0.21 in two from 0.53, over three seeds
+    assert after < 0.35

@@ -191,12 +191,10 @@ def test_bad_settings_are_named() -> None:
     assert TwinFlow().averages() == {"target": 0.99}
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-def test_distillation_nears_the_exact_ode_map(gaussian: GaussianTeacher, steps: int) -> None:
-    sampler, start = Sampler(trailing(steps), Ddim()), pretrained(gaussian)
-    before = map_error(gaussian, student_like(start, sampler))
+def test_distillation_nears_the_exact_ode_map(gaussian: GaussianTeacher) -> None:
+    sampler, start = Sampler(trailing(1), Ddim()), pretrained(gaussian)
+    assert map_error(gaussian, student_like(start, sampler)) > 0.5
     objective = TwinFlow(velocity="teacher", guidance=0.0, delta=0.1, c=0.3, target_decay=0.9)
     optim = {"student": AdamW(2e-3, decay="linear")}
-    after = map_error(gaussian, distilled(objective, gaussian, start, sampler, optim, 400, batch=128))
-    print(steps, before, after)
-    assert after < 0.3 and after < before / 2
+    after = map_error(gaussian, distilled(objective, gaussian, start, sampler, optim, 300, batch=128))
+    assert after < 0.27  # 0.13 to 0.14 from 0.72, over three seeds

@@ -59,8 +59,8 @@ class SCM(Objective):
     tangent: Tangent = field(default_factory=Jvp)
     """How df/dt is taken. ``CentralDifference.h`` counts in TrigFlow's time at pure noise, and shrinks with sin(t)."""
     lag: float = 0.05
-    """How far below t it is taken, counted as h. The paper's is 0, but f travels up from the data, and updates that look
-    to where it goes instead of where it comes from are unstable, as differences against the wind are."""
+    """How far below t it is taken, counted as h. The paper's is 0; but values of f travel up from the data, and updates
+    are steadier where they look to where f comes from, as upwind differences are."""
     warmup: int = 10_000
     """Steps over which the second part of the tangent is phased in; before, F regresses on dx/dt (H in the paper)."""
     floor: float = 0.1
