@@ -19,8 +19,8 @@ from stepdistill.models.lora import Around, network_of
 WAVES = 32
 """Frequencies of the gap's sinusoids."""
 FASTEST = 8.0
-"""Radians over the whole range of times: far slower than networks' own, since flow maps are smooth in the gap and learning
-from derivatives is stable only where these are small."""
+"""Radians over the whole range of times: far slower than networks' own, since flow maps are smooth in the gap, and
+learning from derivatives is stable only where these are small."""
 
 _EMBEDDERS = ("time_embedding", "timestep_embedder", "time_embedder", "t_embedder")
 
