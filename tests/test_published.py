@@ -6,6 +6,8 @@ import json
 import statistics
 from pathlib import Path
 
+import pytest
+
 from stepdistill.evaluation.records import load_records
 
 ROOT = Path(__file__).parents[1]
@@ -36,17 +38,28 @@ def test_students_have_at_least_three_training_seeds() -> None:
         assert subject == "teacher" or int(seeds) >= 3
 
 
-def test_the_shapes_table_holds_medians_of_the_records() -> None:
+@pytest.mark.parametrize("teacher", ["sd", "sd3"])
+def test_the_shapes_tables_hold_medians_of_the_records(teacher: str) -> None:
     values: dict[tuple[str, str, str], list[float]] = {}
-    for r in load_records(ROOT / "eval" / "shapes" / "sd.json"):
+    for r in load_records(ROOT / "eval" / "shapes" / f"{teacher}.json"):
         values.setdefault((r.subject.split(" #")[0], str(r.steps), r.metric), []).append(r.value)
-    table = rows("shapes-sd")
+    table = rows(f"shapes-{teacher}")
     assert len(table) >= 6
     for subject, steps, _, seeds, alignment, fd, *_ in table:
         for metric, cell, digits in (("alignment", alignment, 1), ("fd", fd, 2)):
             stored = values[subject, steps, metric]
             assert len(stored) == int(seeds)
             assert cell.split()[0] == f"{statistics.median(stored):.{digits}f}"
+
+
+def test_the_table_of_negative_prompts_holds_the_records() -> None:
+    stored = json.loads((ROOT / "eval" / "shapes" / "negatives.json").read_text())
+    table = rows("negatives")
+    assert len(table) == len(stored) == 4
+    for row, cells in zip(stored, table, strict=True):
+        assert cells[:3] == [row["subject"], str(row["steps"]), row["colour"]]
+        shares = [float(cell.removesuffix(" %")) for cell in cells[3:]]
+        assert shares == [round(100 * row["share"], 1), round(100 * row["share_with_negative"], 1)]
 
 
 def test_the_teachers_table_holds_their_manifests() -> None:
