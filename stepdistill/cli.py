@@ -31,7 +31,7 @@ from stepdistill.evaluation.report import save_grid
 from stepdistill.export import load_lines, load_student, stand_in
 from stepdistill.generate import folder_of, sample
 from stepdistill.models.families import family_for
-from stepdistill.objective import registered
+from stepdistill.objective import Objective, registered
 from stepdistill.plan import plan
 from stepdistill.quickstart import quickstart
 from stepdistill.recipe import Evaluation, Recipe, Teacher, suggest
@@ -331,8 +331,12 @@ def _named(teacher: Teacher) -> str:
 
 @dataclass(frozen=True)
 class Methods:
-    """The objectives there are: family, paper, networks and data they need."""
+    """The objectives there are: family, paper, networks and data they need, steps they serve. Teachers of every kind
+    (eps, v, x0, velocity) will do for all of them.
+    """
 
+    costs: bool = False
+    """Measure what an update of each one's digits recipe takes: network evaluations and bytes for each sample."""
     json: bool = False
     """Print JSON."""
     markdown: bool = False
@@ -344,24 +348,48 @@ def _methods(args: list[str]) -> None:
     if given.markdown:
         print(methods_table())
         return
-    rows = [
-        {
-            "name": name,
-            "family": cls.family,
-            "paper": f"arXiv:{cls.paper}",
-            "needs": sorted(cls.needs),
-            "data": sorted(cls().data) or ["conditions only"],
-            "what": (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " "),
-        }
-        for name, cls in sorted(registered().items(), key=lambda item: (item[1].family, item[0]))
-    ]
+    rows = [_facts(name, cls, given.costs) for name, cls in _by_family()]
     if given.json:
         print(json_.dumps(rows, indent=2))
         return
     for row in rows:
         needs, data = ", ".join(row["needs"]), ", ".join(row["data"])
-        print(f"{row['name']:<8} {row['family']:<12} {row['paper']:<17} needs {needs}; data: {data}")
-        print(f"         {row['what']}")
+        steps = f"; steps: {', '.join(map(str, row['steps']))}" if row["steps"] else ""
+        print(f"{row['name']:<13} {row['family']:<12} {row['paper']:<17} needs {needs}; data: {data}{steps}")
+        print(f"{'':<13} {row['what']}")
+        if "evaluations_per_sample" in row:
+            kib = row["bytes_per_sample"] / 1024
+            print(f"{'':<13} {row['evaluations_per_sample']:.2f} network evaluations and {kib:.0f} KB a sample")
+
+
+def _by_family() -> list[tuple[str, type[Objective]]]:
+    return sorted(registered().items(), key=lambda item: (item[1].family, item[0]))
+
+
+def _facts(name: str, cls: type[Objective], costs: bool) -> dict[str, Any]:
+    """What ``methods`` says of one objective."""
+    objective, recipe = cls(), bundled().get(f"digits_{name}")
+    facts = {
+        "name": name,
+        "family": cls.family,
+        "paper": f"arXiv:{cls.paper}",
+        "needs": sorted(objective.needs),
+        "data": sorted(objective.data) or ["conditions only"],
+        "steps": [k for k in (1, 2, 4, 8) if recipe and _served(recipe, k)],
+        "what": (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " "),
+    }
+    if costs and recipe:
+        last = plan(recipe())[-1]
+        facts |= {"evaluations_per_sample": last.per_update, "bytes_per_sample": last.bytes_per_sample}
+    return facts
+
+
+def _served(recipe: Callable[..., Recipe], steps: int) -> bool:
+    try:
+        recipe(steps=steps)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -374,7 +402,7 @@ class PlanOf:
     """Print JSON."""
 
 
-def _plan(args: list[str]) -> None:
+def _cost(args: list[str]) -> None:
     given = _parse(PlanOf, args, "plan")
     stages = plan(find(given.recipe))
     if given.json:
@@ -392,10 +420,10 @@ def _plan(args: list[str]) -> None:
 def methods_table() -> str:
     """The registered objectives as a Markdown table."""
     lines = ["| objective | family | paper | networks | data |", "| --- | --- | --- | --- | --- |"]
-    for name, cls in sorted(registered().items(), key=lambda item: (item[1].family, item[0])):
+    for name, cls in _by_family():
         paper = f"[{cls.paper}](https://arxiv.org/abs/{cls.paper})"
         path = f"{cls.family}/{cls.__module__.rpartition('.')[2]}.py"
-        needs, data = ", ".join(sorted(cls.needs)), ", ".join(sorted(cls().data)) or "conditions only"
+        needs, data = ", ".join(sorted(cls().needs)), ", ".join(sorted(cls().data)) or "conditions only"
         lines.append(f"| [`{name}`]({path}) | {cls.family} | {paper} | {needs} | {data} |")
     return "\n".join(lines)
 
@@ -406,5 +434,5 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "sample": _sample,
     "bench": _bench,
     "methods": _methods,
-    "plan": _plan,
+    "plan": _cost,
 }

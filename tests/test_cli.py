@@ -149,9 +149,20 @@ def test_methods_lists_every_registered_objective(run: Run) -> None:
         assert re.search(rf"^{name} +{cls.family} +arXiv:{cls.paper} ", ran.out, re.MULTILINE)
     rows = json.loads(run("methods", "--json").out)
     assert {row["name"] for row in rows} == set(registered())
-    assert all(sorted(row) == ["data", "family", "name", "needs", "paper", "what"] for row in rows)
+    assert all(sorted(row) == ["data", "family", "name", "needs", "paper", "steps", "what"] for row in rows)
+    assert all(set(row["steps"]) <= {1, 2, 4, 8} for row in rows)
     (kd,) = (row for row in rows if row["name"] == "kd")
     assert kd["needs"] == ["student"] and kd["data"] == ["path"] and kd["paper"] == "arXiv:2101.02388"
+    assert kd["steps"] == [1, 2, 4, 8]
+
+
+def test_plan_counts_what_a_recipe_will_take(run: Run) -> None:
+    recipe = find("digits_kd")
+    made = recipe.data.count * recipe.data.solver.steps
+    (stage,) = json.loads(run("plan", "digits_kd", "--json").out)
+    assert stage["evaluations"] == recipe.run.steps * recipe.run.batch * 3 + made
+    said = run("plan", "digits_kd").out
+    assert f"{stage['evaluations']:,} network evaluations" in said and "3.00 network evaluations each" in said
 
 
 def test_distill_lists_every_bundled_recipe_with_its_first_line(run: Run) -> None:
@@ -304,7 +315,7 @@ def test_bench_knows_a_runs_method(run: Run, finished: Path, tmp_path: Path) -> 
     ("args", "pattern"),
     [
         (["distil"], "no command 'distil'; did you mean 'distill'"),
-        (["xyz"], "no command 'xyz'; there are bench, distill, methods, quickstart, sample"),
+        (["xyz"], "no command 'xyz'; there are bench, distill, methods, plan, quickstart, sample"),
         (["distill", "digits_kdd"], "recipe 'digits_kdd': not known; did you mean 'digits_kd"),
         (["distill", "nowhere.py"], "recipe 'nowhere.py': no such file"),
         (["distill", "nowhere.json"], "recipe 'nowhere.json': no such file"),
