@@ -94,7 +94,7 @@ def call_record(student: Student, opened: Opened, guidance: float | None = None)
         if "guidance_scale" not in known:
             raise ValueError(f"guidance {guidance}: {type(pipeline).__name__} takes none; leave it out")
         call["guidance_scale"] = guidance
-    if isinstance(rule, Tcd) and student.sampler.steps > 1:
+    if isinstance(rule, Tcd) and student.sampler.steps > 1 and not isinstance(student.schedule, RectifiedFlow):
         if "eta" in known:
             call["eta"] = rule.gamma
         elif rule.gamma != _TCD_ETA:

@@ -24,6 +24,8 @@ from stepdistill.recipes import find
 
 METHODS = sorted(name for name, cls in registered().items() if cls.__module__.startswith("stepdistill.objectives."))
 TEACHERS = ("sd_eps", "sd_v", "sd3")
+SHORT = {"disback": {"record_steps": 2, "record_every": 1, "target_steps": 1}}
+"""Fields that bring all turns of a method into a few updates."""
 PROMPTS = ("a red star", "two blue squares on a white background")
 
 
@@ -65,6 +67,7 @@ def on(opened: Opened, name: str, steps: int = 4) -> Recipe:
     return replace(
         recipe,
         teacher=replace(recipe.teacher, source="given"),
+        objective=replace(recipe.objective, **SHORT.get(name.removeprefix("digits_"), {})),
         data=MadeUp(),
         run=replace(recipe.run, batch=2, steps=steps),
         warm_start=None,

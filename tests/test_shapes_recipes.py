@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stepdistill.build import build, open_teacher
-from stepdistill.data import ShapesData, ShapesPrompts
+from stepdistill.data import ShapesPrompts, TeacherPairs
 from stepdistill.distill import check
 from stepdistill.models.families import Opened, open_pipeline
 from stepdistill.objective import registered
@@ -31,7 +31,9 @@ def teachers() -> dict[str, Opened]:
 def small(recipe: Recipe) -> Recipe:
     """The same with little data."""
     data = recipe.data
-    data = replace(data, count=8) if isinstance(data, ShapesData) else replace(data, count=8, prompts=ShapesPrompts(6))
+    if isinstance(data, TeacherPairs):
+        data = replace(data, prompts=ShapesPrompts(6))
+    data = replace(data, count=8)
     warm = recipe.warm_start and small(recipe.warm_start)
     return replace(recipe, data=data, warm_start=warm, run=replace(recipe.run, batch=2, threads=0))
 
