@@ -142,6 +142,8 @@ class Objective(ABC):
     """Batch fields beyond the conditions that must be set: of x0, path. Empty: data-free."""
     two_time: ClassVar[bool] = False
     """Whether the student is told, beside the time, the time it heads for; see ``models.two_time``."""
+    guides: ClassVar[bool] = True
+    """Whether the student learns the teacher's guidance: whether a loss, or the data, asks the guided teacher."""
     family: ClassVar[str]
     paper: ClassVar[str]
 
@@ -151,6 +153,13 @@ class Objective(ABC):
 
     def check(self, sampler: Sampler) -> None:  # noqa: B027 (most objectives serve any grid)
         """Refuse a student's sampler that does not go with this objective.
+
+        Raises:
+            ValueError: naming both.
+        """
+
+    def check_start(self, sampler: Sampler, start: Sampler | None) -> None:  # noqa: B027 (most start from anywhere)
+        """Refuse a warm start's sampler (None: there is no warm start) that does not go with this objective.
 
         Raises:
             ValueError: naming both.

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import Discriminator
+from stepdistill.models.lora import Adapted
 from stepdistill.trainer import Trainer
 
 
@@ -56,7 +57,7 @@ class Evaluation:
 
     def run(self) -> None:
         """Make the call again and nothing else, with its backward pass if it had one."""
-        for p in self.net.parameters():
+        for p in _own(self.net):
             p.requires_grad_(self.moving)
         with torch.set_grad_enabled(self.backward):
             if self.tangent:
@@ -86,12 +87,12 @@ def evaluations(trainer: Trainer, index: int) -> list[Evaluation]:
             if inside[0] > 1:
                 return
             tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-            moving = any(p.requires_grad for p in net.parameters())
+            moving = any(p.requires_grad for p in _own(net))
             backward = torch.is_grad_enabled() and (moving or any(a.requires_grad for a in tensors))
             tangent = any(_carries_tangent(a) for a in args if isinstance(a, Tensor))
             held = tuple(_kept(a) if isinstance(a, Tensor) else a for a in args)
             inner = net.backbone if isinstance(net, Discriminator) else net
-            weights = any(p.requires_grad for p in inner.parameters())
+            weights = any(p.requires_grad for p in _own(inner))
             found.append(Evaluation(net, role, held, kwargs, moving, backward, weights, tangent))
 
         return hook
@@ -114,6 +115,13 @@ def evaluations(trainer: Trainer, index: int) -> list[Evaluation]:
         for handle in handles:
             handle.remove()
     return found
+
+
+def _own(net: nn.Module) -> list[nn.Parameter]:
+    """A network's parameters without the adapters that other roles have put into it."""
+    inside = net.net if isinstance(net, Denoiser) else net
+    adapted = isinstance(inside, Adapted)
+    return [p for name, p in net.named_parameters() if adapted or ".lora_" not in name]
 
 
 def _carries_tangent(x: Tensor) -> bool:

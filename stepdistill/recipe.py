@@ -182,6 +182,7 @@ class Recipe:
                 f"{sorted(movers)}; got {sorted(self.optim)}"
             )
         self.objective.check(self.sampler)
+        self.objective.check_start(self.sampler, self.warm_start.sampler if self.warm_start else None)
         if "disc" in self.players and self.heads.backbone == "critic" and "critic" not in self.objective.needs:
             method = type(self.objective).__name__
             raise ValueError(f"heads.backbone is 'critic', and {method} has no critic; use 'teacher'")
@@ -189,6 +190,11 @@ class Recipe:
         if not 0 <= self.null_rate < 1:
             raise ValueError(f"null_rate must lie in [0, 1); got {self.null_rate}")
         guided = self.teacher.guidance != 1 or self.teacher.guidance_range is not None
+        if guided and not self.objective.guides:
+            raise ValueError(
+                f"teacher.guidance would be lost: {type(self.objective).__name__} never asks the guided teacher; use "
+                "guidance 1, or another objective"
+            )
         if self.null_rate and guided:
             raise ValueError("null_rate keeps guidance for inference, so teacher.guidance must be 1, without a range")
         if self.null_rate and "path" in self.objective.data:

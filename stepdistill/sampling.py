@@ -271,6 +271,16 @@ def refuse_noise(sampler: Sampler) -> None:
         raise ValueError(f"sampler.rule {sampler.rule}: this student is trained to jump from time to time; use Ddim()")
 
 
+def refuse_solver(rule: StepRule) -> None:
+    """One step of an ODE solver, from anywhere: no memory of a step before, no fresh noise.
+
+    Raises:
+        ValueError: for rules that need the one or bring the other.
+    """
+    if isinstance(rule, DpmPP2M | Renoise | NoiseCorrected) or (isinstance(rule, Tcd) and rule.gamma > 0):
+        raise ValueError(f"objective.solver {rule} is no single step of the teacher's ODE; use Ddim() or Heun()")
+
+
 def _randn(like: Tensor, rng: Rng) -> Tensor:
     generator = rng if isinstance(rng, torch.Generator) else list(rng)
     return randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from stepdistill.build import Built, build
+from stepdistill.build import build
 from stepdistill.data import Data, Setting
 from stepdistill.export import load_student, save_pipeline
 from stepdistill.models.families import Opened, open_pipeline
@@ -61,27 +61,22 @@ def opened(request: pytest.FixtureRequest) -> Opened:
     return open_pipeline(pipeline)
 
 
-def on(opened: Opened, name: str, steps: int = 4) -> Recipe:
-    """The method's last stage on another teacher: a few samples, a few updates."""
-    recipe = find(name)
+def elsewhere(recipe: Recipe, name: str) -> Recipe:
+    """On another teacher, with a few samples and a few updates; ``build`` makes its last stage alone."""
     return replace(
         recipe,
         teacher=replace(recipe.teacher, source="given"),
-        objective=replace(recipe.objective, **SHORT.get(name.removeprefix("digits_"), {})),
+        objective=replace(recipe.objective, **SHORT.get(name, {})),
         data=MadeUp(),
-        run=replace(recipe.run, batch=2, steps=steps),
-        warm_start=None,
+        run=replace(recipe.run, batch=2, steps=4),
+        warm_start=recipe.warm_start and elsewhere(recipe.warm_start, name),
         evaluation=None,
     )
 
 
-def built(opened: Opened, name: str) -> Built:
-    return build(on(opened, name), opened=opened)
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_it_trains_and_its_pipeline_reads_back(opened: Opened, name: str, tmp_path: Path) -> None:
-    trainer = built(opened, f"digits_{name}").trainer
+    trainer = build(elsewhere(find(f"digits_{name}"), name), opened=opened).trainer
     before = [p.clone() for p in trainer.nets.student.parameters()]
     teacher = [p.clone() for p in trainer.nets.teacher.parameters()]
     trainer.fit()
@@ -99,6 +94,6 @@ def test_it_trains_and_its_pipeline_reads_back(opened: Opened, name: str, tmp_pa
 
 def test_the_teacher_of_a_recipe_is_replaced_and_nothing_else() -> None:
     """So that what is trained above is the recipe's own objective and optimizers."""
-    recipe = on(None, "digits_cd")
+    recipe = elsewhere(find("digits_cd"), "cd")
     assert recipe.objective == find("digits_cd").objective and recipe.optim == find("digits_cd").optim
     assert recipe.teacher == Teacher("given")

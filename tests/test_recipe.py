@@ -19,7 +19,8 @@ from stepdistill.parts.rollout import BackwardSim, OneStep
 from stepdistill.parts.segments import Segments
 from stepdistill.parts.times import LogitNormal, LogNormal
 from stepdistill.recipe import Evaluation, Heads, Recipe, Teacher, decode, encode, suggest
-from stepdistill.sampling import Renoise, Sampler, Tcd, trailing
+from stepdistill.recipes import find
+from stepdistill.sampling import Ddim, DpmPP2M, Heun, Renoise, Sampler, StepRule, Tcd, trailing
 from stepdistill.trainer import AdamW, Run
 
 TEACHER = Teacher("bundled:digits")
@@ -405,3 +406,32 @@ def mine() -> Recipe:
     recipe = recipes.find(str(path))
     assert recipe == recipes.find(str(path))
     assert Recipe.from_json(recipe.to_json()) == recipe and recipe.objective.weight == 3.0
+
+
+@pytest.mark.parametrize("name", ["ct", "ict", "ect", "ladd", "gdd", "diffusion_gan"])
+def test_guidance_that_no_loss_asks_for_is_refused(name: str) -> None:
+    recipe = find(f"digits_{name}")
+    with pytest.raises(ValueError, match=r"teacher\.guidance would be lost: .* never asks the guided teacher"):
+        replace(recipe, teacher=replace(recipe.teacher, guidance=2.0))
+
+
+@pytest.mark.parametrize("name", ["cd", "lcm", "icd", "pcm", "tscd"])
+@pytest.mark.parametrize("solver", [DpmPP2M(), Renoise(), Tcd(0.3)])
+def test_solvers_that_are_no_single_step_are_refused(name: str, solver: StepRule) -> None:
+    recipe = replace(find(f"digits_{name}"), warm_start=None)
+    assert replace(recipe, objective=replace(recipe.objective, solver=Heun())).objective.solver == Heun()
+    with pytest.raises(ValueError, match=r"objective.solver .* is no single step of the teacher's ODE"):
+        replace(recipe, objective=replace(recipe.objective, solver=solver))
+
+
+@pytest.mark.parametrize("name", ["cd", "mdt"])
+def test_a_consistency_function_is_not_sampled_by_jumps(name: str) -> None:
+    with pytest.raises(ValueError, match=r"student jumps to the data only; use Renoise"):
+        replace(find(f"digits_{name}@2"), sampler=Sampler(trailing(2), Ddim()))
+
+
+@pytest.mark.parametrize("name", ["ladd", "gdd", "diffusion_gan"])
+def test_an_adversarial_method_without_its_loss_is_refused(name: str) -> None:
+    recipe = find(f"digits_{name}")
+    with pytest.raises(ValueError, match=r"objective.gan.weight 0 leaves nothing to learn from"):
+        replace(recipe, objective=replace(recipe.objective, gan=replace(recipe.objective.gan, weight=0.0)))

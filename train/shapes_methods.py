@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import stepdistill.objectives  # noqa: F401 (fills the registry)
 from stepdistill.data import Data, DigitsData, Labels, ShapesData, ShapesPrompts, TeacherPairs
 from stepdistill.objective import registered
+from stepdistill.objectives import VSD
 from stepdistill.recipe import Evaluation, Recipe
 from stepdistill.recipes import find
 from stepdistill.sampling import DpmPP2M, Sampler, trailing
@@ -27,10 +27,14 @@ DATA: dict[type[Data], Data] = {
 
 def _on_shapes(recipe: Recipe, teacher: str) -> Recipe:
     """A digits recipe and its warm starts on another teacher."""
-    guidance = GUIDANCE if recipe.teacher.guidance_range is None and not recipe.null_rate else 1.0
+    fixed = recipe.objective.guides and recipe.teacher.guidance_range is None and not recipe.null_rate
+    objective = recipe.objective
+    if isinstance(objective, VSD):
+        objective = replace(objective, null_rate=VSD().null_rate)  # a guided critic must know the null condition
     return replace(
         recipe,
-        teacher=replace(recipe.teacher, source=f"bundled:{teacher}", guidance=guidance),
+        teacher=replace(recipe.teacher, source=f"bundled:{teacher}", guidance=GUIDANCE if fixed else 1.0),
+        objective=objective,
         data=DATA[type(recipe.data)],
         run=replace(recipe.run, batch=32),
         evaluation=Evaluation(n=1000, teacher_steps=(1, 4, 25)),

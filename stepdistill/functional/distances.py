@@ -72,3 +72,18 @@ class AdaptiveL2(Distance):
         """(B, ...), (B, ...) -> (B,)."""
         square = (a - b).flatten(1).square().sum(1)
         return square / (square.detach() + self.c) ** self.power
+
+
+@dataclass(frozen=True)
+class Barron(Distance):
+    """Mean squared error over its own detached root, ``m / sg(sqrt(m + c^2))``: Barron's reweighting at alpha = 1
+    (arXiv:1701.03077), with gradients that are bounded like a root mean square's.
+    """
+
+    c: float = 1e-3
+    """Where it turns from squared to linear, in units of the root mean square difference."""
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """(B, ...), (B, ...) -> (B,)."""
+        m = L2()(a, b)
+        return m / (m.detach() + self.c**2).sqrt()

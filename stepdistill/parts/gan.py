@@ -38,6 +38,15 @@ class Gan:
                 f"{self.r1_noise}"
             )
 
+    def alone(self) -> None:
+        """Refuse a weight of 0 where there is no other loss.
+
+        Raises:
+            ValueError: saying so.
+        """
+        if self.weight == 0:
+            raise ValueError("objective.gan.weight 0 leaves nothing to learn from: there is no other loss")
+
     def student_term(
         self,
         disc: Discriminator,

@@ -41,6 +41,8 @@ class FromData(Rollout):
 
     def __call__(self, student: Student, batch: Batch, step: Step) -> Tensor:
         """See ``Rollout``; needs ``batch.x0``."""
+        if batch.x0 is None:
+            raise ValueError("objective.rollout FromData needs data with x0; use BackwardSim(), or data with images")
         grid = torch.tensor(student.sampler.times, dtype=torch.float64, device=step.rng.device)
         t = grid[step.integers(len(grid), len(batch))] * student.schedule.t_max
         return student(student.schedule.add_noise(batch.x0, step.randn(batch.shape), t), t, batch.cond)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -135,7 +136,10 @@ class Doubled(Step):
 def test_the_students_gradient_is_the_weighted_one_and_nothing_flows_through_the_weight() -> None:
     """Sample by sample: exp of the mean logit, clipped, over the running mean of its range of noise levels (here one
     range and a first visit, so halfway from 1 to the mean), h = r / (1 + r) over its mean."""
-    nets, base = game(spread=3.0), DMD2(rollout=OneStep(), gan=Gan(weight=1e-9), times=OnGrid((0.45,)))
+    nets, base = (
+        game(spread=3.0),
+        DMD2(rollout=OneStep(), gan=Gan(weight=1e-9, times=OnGrid((0.45,))), times=OnGrid((0.45,))),
+    )
     objective = FDistill(base=base, ratio_clip=(0.8, 1.15))
     objective.student_loss(nets, Batch({}, (16, 2)), Doubled.at(3)).total.backward()
 
@@ -224,7 +228,9 @@ def test_without_a_gan_only_the_reverse_kl_is_left_and_needs_no_data() -> None:
     free = FDistill(base=DMD2(gan=Gan(weight=0.0)), divergence="rkl")
     assert free.data == frozenset() and FDistill().data == {"x0"}
     with pytest.raises(ValueError, match="OneStep trains the first"):
-        FDistill(base=DMD2(rollout=OneStep())).check(Sampler(trailing(4)))
+        FDistill(base=replace(FDistill().base, rollout=OneStep())).check(Sampler(trailing(4)))
+    with pytest.raises(ValueError, match="the discriminator must look there"):
+        FDistill(base=DMD2())
 
 
 def test_weighted_by_a_learned_ratio_the_student_reaches_the_ring(ring: MixtureTeacher) -> None:

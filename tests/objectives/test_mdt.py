@@ -136,7 +136,7 @@ def test_bad_settings_are_named() -> None:
         MDT(delta=0)
     with pytest.raises(ValueError, match=r"objective\.distil must be at least 0; got -1"):
         MDT(distil=-1)
-    with pytest.raises(ValueError, match="sampled by its jumps"):
+    with pytest.raises(ValueError, match=r"MDT's student jumps to the data only; use Renoise"):
         MDT().check(Sampler(trailing(2), Heun()))
     MDT().check(Sampler(trailing(2), Renoise()))
 

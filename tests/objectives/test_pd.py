@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from stepdistill.models.denoiser import Cond
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Step
 from stepdistill.objectives import PD
-from stepdistill.recipe import Teacher, Weights
+from stepdistill.recipe import Recipe, Teacher, Weights
 from stepdistill.recipes import find
 from stepdistill.sampling import Ddim, Heun, Move, NoiseCorrected, Renoise, Sampler, at, trailing
 from stepdistill.schedule import EDM, DiscreteVP, Kind, RectifiedFlow, Schedule
@@ -194,13 +195,13 @@ def test_the_recipe_halves_and_follows_the_teacher_in_its_first_stage_alone() ->
 @pytest.mark.parametrize("form", ["full", "lora"])
 def test_a_round_follows_its_warm_start_and_a_resumed_one_does_too(form: str, tmp_path: Path) -> None:
     """Through ``build``: the copy is taken behind the warm start, stays while the student moves, and is stored."""
-    recipe = find("digits_pd@4")
-    changes = {
-        "student": Weights(form=form, targets=("conv1", "conv2") if form == "lora" else ()),
-        "run": Run(steps=3, batch=4, threads=1),
-        "warm_start": None,
-    }
-    recipe = type(recipe)(**{**vars(recipe), **changes})
+    weights = Weights(form=form, targets=("conv1", "conv2") if form == "lora" else ())
+
+    def short(stage: Recipe) -> Recipe:
+        start = stage.warm_start and short(stage.warm_start)
+        return replace(stage, student=weights, run=Run(steps=3, batch=4, threads=1), warm_start=start)
+
+    recipe = short(find("digits_pd@4"))
     opened = open_teacher(Teacher("bundled:digits"))
 
     def made(start: Student | None, out: Path | None) -> Trainer:
@@ -223,6 +224,15 @@ def test_a_round_follows_its_warm_start_and_a_resumed_one_does_too(form: str, tm
         again = made(None, tmp_path)
         assert again.resume()
         torch.testing.assert_close(again.nets.previous(x, t, cond), expected)
+
+
+def test_a_followed_student_must_have_been_trained_for_the_jumps() -> None:
+    recipe = find("digits_pd@2")
+    with pytest.raises(ValueError, match=r"warm_start is missing: objective.follow 'previous' needs one .* 2 times"):
+        replace(recipe, warm_start=None)
+    with pytest.raises(ValueError, match=r"warm_start is of 8 steps: .* 2 times the 2 steps"):
+        replace(recipe, warm_start=find("digits_pd@8"))
+    assert replace(recipe, warm_start=None, objective=PD()).warm_start is None
 
 
 def test_two_rounds_of_training_beat_the_teachers_own_steps(gaussian: GaussianTeacher) -> None:

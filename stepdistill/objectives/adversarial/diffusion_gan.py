@@ -30,6 +30,7 @@ class DiffusionGAN(Objective):
 
     needs = frozenset({"student", "teacher", "disc"})
     data = frozenset({"x0"})
+    guides = False
 
     rollout: Rollout = field(default_factory=BackwardSim)
     """How the student makes its samples."""
@@ -63,6 +64,7 @@ class DiffusionGAN(Objective):
 
     def check(self, sampler: Sampler) -> None:
         """A student of several steps must be trained at all of its times."""
+        self.gan.alone()
         refuse_one_step(self.rollout, sampler)
 
     def turns(self) -> tuple[Turn, ...]:

@@ -27,6 +27,7 @@ class GDD(Objective):
 
     needs = frozenset({"student", "teacher", "disc"})
     data = frozenset({"x0"})
+    guides = False
 
     rollout: Rollout = field(default_factory=BackwardSim)
     """How the student makes its samples; the paper's has one step."""
@@ -37,6 +38,7 @@ class GDD(Objective):
 
     def check(self, sampler: Sampler) -> None:
         """A student of several steps must be trained at all of its times."""
+        self.gan.alone()
         refuse_one_step(self.rollout, sampler)
 
     def turns(self) -> tuple[Turn, ...]:

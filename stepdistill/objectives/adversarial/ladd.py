@@ -26,6 +26,7 @@ class LADD(Objective):
 
     needs = frozenset({"student", "teacher", "disc"})
     data = frozenset({"x0"})
+    guides = False
 
     rollout: Rollout = field(default_factory=FromData)
     """How the student makes its samples."""
@@ -36,6 +37,7 @@ class LADD(Objective):
 
     def check(self, sampler: Sampler) -> None:
         """A student of several steps must be trained at all of its times."""
+        self.gan.alone()
         refuse_one_step(self.rollout, sampler)
 
     def turns(self) -> tuple[Turn, ...]:

@@ -11,7 +11,8 @@ from stepdistill.functional.distances import L2, Distance
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
 from stepdistill.parts.discretisation import Doubling
-from stepdistill.sampling import Ddim, Move, Sampler, StepRule
+from stepdistill.parts.neighbours import refuse_jumps
+from stepdistill.sampling import Ddim, Move, Sampler, StepRule, refuse_solver
 
 
 @register("cd", family="consistency", paper="2303.01469")
@@ -49,6 +50,8 @@ class CD(Objective):
 
     def check(self, sampler: Sampler) -> None:
         """The student is called at points of the grid that it was trained on."""
+        refuse_solver(self.solver)
+        refuse_jumps("CD", sampler)
         off = [t for t in sampler.times if abs(t * self.grid_end - round(t * self.grid_end)) > 1e-9]
         if off:
             raise ValueError(

@@ -26,6 +26,7 @@ class CT(Objective):
     """
 
     needs = frozenset({"student"})
+    guides = False
     data = frozenset({"x0"})
 
     intervals: Doubling = field(default_factory=lambda: Doubling(2, 150, 800_000))

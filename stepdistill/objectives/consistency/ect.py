@@ -27,6 +27,7 @@ class ECT(Objective):
     """
 
     needs = frozenset({"student"})
+    guides = False
     data = frozenset({"x0"})
 
     times: Times = field(default_factory=lambda: LogNormal(-1.1, 2.0))
@@ -46,6 +47,9 @@ class ECT(Objective):
     """Higher levels count as this one; without a bound, times without any signal would have no weight."""
     distance: Distance = field(default_factory=Huber)
     """Between the two clean estimates; weighted by 1 / (t - r)."""
+
+    smallest: float = 1e-3
+    """The gap shrinks to this share of t and no further: beyond, rounding is all that is left of the difference."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -69,7 +73,7 @@ class ECT(Objective):
 
     def lower(self, level: Tensor, index: int) -> Tensor:
         """r(t) at step ``index``, from t to r in levels of sigma / alpha: ``0 <= r < t``."""
-        gap = self.factor ** -(1 + index // self.stage_steps)
+        gap = max(self.factor ** -(1 + index // self.stage_steps), self.smallest)
         return level * (1 - gap * (1 + self.k * torch.sigmoid(-self.b * level))).clamp_min(0.0)
 
     def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:

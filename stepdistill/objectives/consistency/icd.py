@@ -15,7 +15,7 @@ from stepdistill.models.denoiser import Cond, Denoiser
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
 from stepdistill.parts.segments import Boundaries, two_jumps
-from stepdistill.sampling import Ddim, Move, Sampler, StepRule
+from stepdistill.sampling import Ddim, Move, Sampler, StepRule, refuse_solver
 
 
 @register("icd", family="consistency", paper="2406.14539")
@@ -60,6 +60,7 @@ class ICD(Objective):
 
     def check(self, sampler: Sampler) -> None:
         """The student jumps from edge to edge, without noise."""
+        refuse_solver(self.solver)
         if sampler.times != self.boundaries.edges:
             raise ValueError(
                 f"sampler.times {list(sampler.times)} are not objective.boundaries.edges "

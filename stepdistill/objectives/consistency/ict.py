@@ -29,6 +29,7 @@ class ICT(Objective):
     """
 
     needs = frozenset({"student"})
+    guides = False
     data = frozenset({"x0"})
 
     intervals: Doubling = field(default_factory=Doubling)
@@ -43,6 +44,8 @@ class ICT(Objective):
     def check(self, sampler: Sampler) -> None:
         """The student's times are ends of the intervals from the first step on, and it adds noise between them."""
         refuse_jumps("iCT", sampler)
+        if self.intervals.start < 2:
+            raise ValueError(f"objective.intervals.start must be at least 2; got {self.intervals.start}")
         if sampler.steps > self.intervals.start:
             raise ValueError(
                 f"objective.intervals.start {self.intervals.start} leaves no room for the sampler's {sampler.steps} "

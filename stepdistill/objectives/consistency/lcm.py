@@ -11,7 +11,7 @@ from stepdistill.functional.distances import Distance, ElementHuber
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
 from stepdistill.parts.segments import two_jumps
-from stepdistill.sampling import Ddim, Move, Renoise, Sampler, StepRule
+from stepdistill.sampling import Ddim, Move, Renoise, Sampler, StepRule, refuse_solver
 
 
 @register("lcm", family="consistency", paper="2310.04378")
@@ -54,6 +54,7 @@ class LCM(Objective):
 
     def check(self, sampler: Sampler) -> None:
         """The student ends at the data, from points of its grid; whoever goes on from there adds noise."""
+        refuse_solver(self.solver)
         off = [t for t in sampler.times if abs(t * self.intervals - round(t * self.intervals)) > 1e-9]
         if off:
             raise ValueError(

@@ -95,6 +95,11 @@ class SCM(Objective):
         """The teacher for its ODE; on data alone the student merely starts from it."""
         return frozenset({"student", "teacher"}) if self.distil else frozenset({"student"})
 
+    @property
+    def guides(self) -> bool:  # type: ignore[override]
+        """The teacher's guidance is in its velocity."""
+        return self.distil
+
     def turns(self) -> tuple[Turn, ...]:
         """One update of the student, and of the weighting if there is one."""
         return (Turn(self.student_loss, moves=("student", "weighting") if self.adaptive else ("student",)),)

@@ -10,7 +10,8 @@ from torch import Tensor
 from stepdistill.models.denoiser import Cond
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
-from stepdistill.parts.flow import STRAIGHT, on_straight, only_jumps, start_state, start_time, straight
+from stepdistill.parts.flow import STRAIGHT, on_straight, start_state, start_time, straight
+from stepdistill.parts.neighbours import refuse_jumps
 from stepdistill.parts.times import LogNormal, Times
 from stepdistill.sampling import Sampler, at
 
@@ -52,7 +53,7 @@ class MDT(Objective):
 
     def check(self, sampler: Sampler) -> None:
         """The student jumps to the data, from where a next step starts."""
-        only_jumps(sampler)
+        refuse_jumps("MDT", sampler)
 
     def turns(self) -> tuple[Turn, ...]:
         """One update of the student."""

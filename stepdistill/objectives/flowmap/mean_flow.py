@@ -77,6 +77,11 @@ class MeanFlow(Objective):
         """The student jumps from time to time."""
         only_jumps(sampler)
 
+    @property
+    def guides(self) -> bool:  # type: ignore[override]
+        """The teacher's guidance is in its velocity."""
+        return self.velocity == "teacher"
+
     def turns(self) -> tuple[Turn, ...]:
         """One update of the student."""
         return (Turn(self.student_loss, moves=("student",)),)
@@ -101,7 +106,7 @@ class MeanFlow(Objective):
         dropped = step.rand(n) < self.drop
 
         x_t = STRAIGHT.add_noise(batch.x0, eps, t)
-        cond = with_null(batch.cond, nets.teacher.null, dropped) if self.mixes else batch.cond
+        cond = with_null(batch.cond, nets.teacher.null, dropped) if self.mixes and self.drop else batch.cond
         with torch.no_grad():
             v = eps - batch.x0
             if self.velocity == "teacher":

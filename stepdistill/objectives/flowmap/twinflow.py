@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stepdistill.functional.distances import L2
+from stepdistill.functional.distances import Barron
 from stepdistill.models.denoiser import Cond, unscaled
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
@@ -35,8 +35,7 @@ class TwinFlow(Objective):
     two_time = True
 
     velocity: Literal["data", "teacher"] = "data"
-    """Where the flow's velocity comes from: noise and data, as in the paper, or the guided teacher. The paper's
-    image-free mode, own samples throughout, is not here."""
+    """Where the flow's velocity comes from: noise and data, as in the paper, or the guided teacher."""
     guidance: float = 0.5
     """Of the running average's ``F(cond) - F(null)``, how much is added to the velocity from data; 0 adds nothing."""
     times: Times = field(default_factory=Uniform)
@@ -69,6 +68,11 @@ class TwinFlow(Objective):
         """The student jumps from time to time."""
         only_jumps(sampler)
 
+    @property
+    def guides(self) -> bool:  # type: ignore[override]
+        """The teacher's guidance is in its velocity."""
+        return self.velocity == "teacher"
+
     def turns(self) -> tuple[Turn, ...]:
         """One update of the student."""
         return (Turn(self.student_loss, moves=("student",)),)
@@ -87,7 +91,8 @@ class TwinFlow(Objective):
 
         level = on_straight(schedule, level).clamp_min(CLOSEST)
         share[one:two] *= self.near
-        t, s = (on_straight(schedule, u).clamp_min(CLOSEST) for u in (inner, inner * (1 - share)))
+        t = on_straight(schedule, inner).clamp_min(CLOSEST)
+        s = (t * (1 - share)).clamp_min(CLOSEST)
         t[:one], s[:one], s[three:] = top, 0.0, -t[three:]
         x0 = batch.x0.clone()
         if three < n:
@@ -104,7 +109,7 @@ class TwinFlow(Objective):
             v = self.flow(nets, target[:three], x_t[:three], t[:three], live)
             target[:three] = self.recursion(nets, out[:three], v, x_t[:three], t[:three], s[:three], live)
             weight = torch.where(s < 0, 1.0, ((1 - (t - s)) * math.pi / 2.5).tan() + 1).to(x_t)
-        base = (weight * self.size(out, target)).mean()
+        base = (weight * Barron(self.c)(out, target)).mean()
         if not self.rectify:
             return Loss(base)
         with torch.no_grad():
@@ -113,7 +118,7 @@ class TwinFlow(Objective):
             u, own = torch.cat([level[:one], level[:one]]), torch.cat([-level[:one], level[:one]])
             fake, real = f(torch.cat([x_s, x_s]), u, both, want="velocity", s=own).chunk(2)
             aim = out[:one] - (fake - real).clamp(-1, 1)  # lowering F raises the sample
-        rectify = self.size(out[:one], aim).mean()
+        rectify = Barron(self.c)(out[:one], aim).mean()
         return Loss(base + self.rectify * rectify, base=base, rectify=rectify)
 
     def flow(self, nets: Nets, v: Tensor, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -142,8 +147,3 @@ class TwinFlow(Objective):
         residual = ((t - s).to(x).view(shape) * out - walked) / self.delta - v
         residual = torch.where((t < s + self.delta).view(shape), out - v, residual)
         return out - residual.clamp(-1, 1)
-
-    def size(self, a: Tensor, b: Tensor) -> Tensor:
-        """Squared error over its root: Barron's reweighting at alpha = 1, (B,)."""
-        m = L2()(a, b)
-        return m / (m.detach() + self.c**2).sqrt()

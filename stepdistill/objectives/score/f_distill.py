@@ -63,6 +63,12 @@ class FDistill(Objective):
                 f"needs a weight above 0 and loss 'softplus'; got {self.base.gan.weight} and {self.base.gan.loss!r}"
             )
 
+        if self.weighted and self.base.gan.times != self.base.times:
+            raise ValueError(
+                f"objective.base.gan.times {self.base.gan.times}: the density ratio is asked where teacher and critic "
+                f"are compared, so the discriminator must look there: {self.base.times}"
+            )
+
     @property
     def weighted(self) -> bool:
         """Whether the weight is anything but 1."""

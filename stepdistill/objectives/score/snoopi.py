@@ -38,6 +38,10 @@ class SNOOPI(Objective):
         low, high = self.guidance
         if not 0 <= low <= high < math.inf:
             raise ValueError(f"objective.guidance must be two scales that do not fall, from 0; got {[low, high]}")
+        if self.base.null_rate == 0 and self.guidance != (1.0, 1.0):
+            raise ValueError("objective.base.null_rate 0: a guided critic must know the null condition; use 0.1")
+        if not self.base.critic_guided:
+            raise ValueError("objective.base.critic_guided is off: teacher and critic are under one scale here")
 
     def check(self, sampler: Sampler) -> None:
         """As the method it varies."""

@@ -15,7 +15,7 @@ from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
 from stepdistill.parts.gan import Gan
 from stepdistill.parts.segments import Segments, two_jumps
 from stepdistill.parts.times import Uniform
-from stepdistill.sampling import Ddim, Move, Sampler, StepRule, Tcd
+from stepdistill.sampling import Ddim, Move, Sampler, StepRule, Tcd, refuse_solver
 
 
 @register("pcm", family="trajectory", paper="2405.18407")
@@ -25,10 +25,10 @@ class PCM(Objective):
     further down (sec. 3), and its distribution there onto that jump's (adversarial consistency).
 
     The consistency part is TSCD's with every end at the lower edge, ``to_edge=1``. What differs: the target is the
-    student as it is and not a running average, the distance is taken element by element, nothing is trained to jump
-    below an edge, so that sampling is deterministic, and there is the adversarial term. The discriminator compares no
-    real data: it tells the student's states at the edge from the target's, both noised up into the segment.
-    With one segment this is LCM. The released LoRA students are ``Weights(form="lora")``, rank 64.
+    student as it is and not a running average, the distance is taken element by element, and there is the
+    adversarial term. The discriminator compares no real data: it tells the student's states at the edge from the
+    target's, both noised up into the segment. With one segment this is LCM. The released LoRA students are
+    ``Weights(form="lora")``, rank 64.
     """
 
     needs = frozenset({"student", "teacher"})
@@ -55,6 +55,7 @@ class PCM(Objective):
 
     def check(self, sampler: Sampler) -> None:
         """The student jumps from edge to edge and nowhere else."""
+        refuse_solver(self.solver)
         if sampler.times != self.segments.edges:
             raise ValueError(
                 f"sampler.times {list(sampler.times)} are not the upper edges of {self.segments.count} segments, "

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -55,6 +57,19 @@ class PD(Objective):
     def check(self, sampler: Sampler) -> None:
         """The student is trained to jump from time to time of its grid."""
         refuse_noise(sampler)
+
+    def check_start(self, sampler: Sampler, start: Sampler | None) -> None:
+        """The followed student jumps ``jumps`` times in each of this one's intervals."""
+        if self.follow == "teacher":
+            return
+        grid = (*sampler.times, 0.0)
+        fine = [a + (b - a) * k / self.jumps for a, b in pairwise(grid) for k in range(self.jumps)]
+        if start is None or not np.array_equal(np.round(start.times, 9), np.round(fine, 9)):
+            found = f"of {start.steps} steps" if start else "missing"
+            raise ValueError(
+                f"warm_start is {found}: objective.follow 'previous' needs one whose student was trained for "
+                f"{self.jumps} times the {sampler.steps} steps of this one's, on the same grid; or follow 'teacher'"
+            )
 
     def extras(self, student: Denoiser) -> dict[str, nn.Module]:
         """The followed student: a frozen copy, taken when the warm start's weights are in; checkpoints hold it."""

@@ -11,7 +11,7 @@ from stepdistill.functional.distances import L2, Distance
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
 from stepdistill.parts.segments import Segments, two_jumps
-from stepdistill.sampling import Ddim, Move, Sampler, StepRule, Tcd
+from stepdistill.sampling import Ddim, Move, Sampler, StepRule, Tcd, refuse_solver
 
 
 @register("tscd", family="trajectory", paper="2404.13686")
@@ -62,6 +62,7 @@ class TSCD(Objective):
 
     def check(self, sampler: Sampler) -> None:
         """The student jumps from edge to edge, so its grid is the segments' upper edges."""
+        refuse_solver(self.solver)
         if all(sampler.times != cut.edges for cut in self.cuts):
             raise ValueError(
                 f"sampler.times {list(sampler.times)} are not the upper edges of {self.segments.count} segments, "
