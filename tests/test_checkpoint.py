@@ -23,7 +23,7 @@ from stepdistill.models.families import Opened
 from stepdistill.objective import Batch, Step
 from stepdistill.objectives import CD, DMD2
 from stepdistill.recipe import Recipe, Teacher
-from stepdistill.sampling import Sampler, trailing
+from stepdistill.sampling import Renoise, Sampler, trailing
 from stepdistill.trainer import AdamW, Run, Trainer
 
 DIGITS = Teacher("bundled:digits")
@@ -37,7 +37,14 @@ RECIPES = {
         sampler=Sampler(trailing(2)),
         run=SHORT,
     ),
-    "cd": Recipe(teacher=DIGITS, objective=CD(), data=DigitsData(), optim={"student": AdamW(1e-3)}, run=SHORT),
+    "cd": Recipe(
+        teacher=DIGITS,
+        objective=CD(),
+        data=DigitsData(),
+        optim={"student": AdamW(1e-3)},
+        sampler=Sampler(trailing(4), Renoise()),
+        run=SHORT,
+    ),
 }
 
 
