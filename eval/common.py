@@ -29,7 +29,8 @@ BUDGET = 300_000
 """Network evaluations of one sample that each method may spend, a backward pass counting as two."""
 
 GAN_COST = 1.34
-"""Two steps of digits_dmd2 over two without a GAN, in the milliseconds of overhead.json (0.64 M parameters)."""
+"""Two steps of digits_dmd2 over two without a GAN, in milliseconds at 0.64 M parameters on an idle machine, when the
+published runs were made. (The newer eval/overhead.json gives 1.43, from beside another process.)"""
 
 
 def recipe_of(name: str, seed: int = 0) -> Recipe:

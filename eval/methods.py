@@ -103,7 +103,7 @@ def main(given: Arguments) -> None:
 
 
 def costs_of(names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Of each recipe: evaluations in all, per sample of an update (of the last stage), and bytes held for a sample."""
+    """Of each recipe: evaluations in all, those that its data take, and the plans of its stages."""
     opened, found = open_teacher(TEACHER), {}
     for name in names:
         stages = plan(recipe_of(name), opened)

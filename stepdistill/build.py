@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stepdistill.data import Setting
 from stepdistill.data.base import companions
 from stepdistill.lora_files import fuse_lora_file
-from stepdistill.models.denoiser import Denoiser, Guided
+from stepdistill.models.denoiser import Denoiser, Guided, with_null
 from stepdistill.models.discriminator import Discriminator, Vision
 from stepdistill.models.families import Opened, load_pipeline, open_pipeline
 from stepdistill.models.lora import Adapted, merged_state
@@ -290,7 +290,7 @@ def with_guidance(source: Source, recipe: Recipe, opened: Opened) -> Source:
         cond, n = dict(given.cond), len(given)
         if rate:
             dropped = (step.rand(n) < rate).to(recipe.run.device)
-            cond = {k: torch.where(dropped.view(-1, *[1] * (v.ndim - 1)), null[k].to(v), v) for k, v in cond.items()}
+            cond = with_null(cond, null, dropped)
         if scales is not None:
             low, high = scales
             cond["guidance"] = (low + (high - low) * step.rand(n)).float().to(recipe.run.device)

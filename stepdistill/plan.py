@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
 from stepdistill.build import build, open_teacher
@@ -67,7 +66,7 @@ class _Noise(Data):
         shape = (setting.batch, *setting.opened.sample_shape)
 
         def batch(step: Step) -> Batch:
-            path = torch.randn((shape[0], setting.sampler.steps + 1, *shape[1:]), device=setting.device)
+            path = step.randn((shape[0], setting.sampler.steps + 1, *shape[1:])).to(setting.device)
             return Batch(cond, shape, x0=path[:, -1], path=path)
 
         return batch

@@ -65,3 +65,14 @@ def test_a_shared_backbone_is_counted_once() -> None:
     one_role = sum(p.numel() for n, p in opened.denoiser.named_parameters() if ".lora_" in n and "role0" in n)
     assert one_role > 0 and stage.parameters == bare + 3 * one_role
     assert parameters([opened.denoiser, opened.denoiser]) == parameters([opened.denoiser])
+
+
+def test_heads_on_a_shared_backbone_cost_its_forward_pass_alone() -> None:
+    """Student's turn: 3, guided teacher 2, critic 1, heads 1 + 1 for the sample's gradient. Fit: critic 3, heads over
+    twice the samples 2. Adapters of other roles on the network that the heads read are none of theirs."""
+    opened = open_pipeline(sd.pipeline())
+    recipe, lora = find("shapes_sd_shared"), Weights("lora", rank=2)
+    objective = replace(recipe.objective, student_every=1)
+    recipe = replace(recipe, warm_start=None, student=lora, critic=lora, objective=objective)
+    (stage,) = plan(replace(recipe, run=replace(recipe.run, steps=2)), opened)
+    assert recipe.heads.backbone == "teacher" and stage.per_update == (3 + 2 + 1 + 2) + (3 + 2)

@@ -13,7 +13,8 @@ import pytest
 from stepdistill import objective, recipes
 from stepdistill.data import DigitsData, Labels, TeacherPairs
 from stepdistill.functional.distances import Huber
-from stepdistill.objectives import CD, DMD2, KD, LADD, TSCD
+from stepdistill.objectives import CD, DMD2, ICT, KD, LADD, SCM, SNOOPI, TSCD, VSD, MeanFlow, TwinFlow
+from stepdistill.parts.discretisation import Doubling
 from stepdistill.parts.gan import Gan
 from stepdistill.parts.rollout import BackwardSim, OneStep
 from stepdistill.parts.segments import Segments
@@ -435,3 +436,21 @@ def test_an_adversarial_method_without_its_loss_is_refused(name: str) -> None:
     recipe = find(f"digits_{name}")
     with pytest.raises(ValueError, match=r"objective.gan.weight 0 leaves nothing to learn from"):
         replace(recipe, objective=replace(recipe.objective, gan=replace(recipe.objective.gan, weight=0.0)))
+
+
+def test_guidance_is_learned_where_the_velocity_is_the_teachers() -> None:
+    for on_data in (SCM(distil=False), MeanFlow(velocity="data"), TwinFlow(velocity="data")):
+        assert not on_data.guides
+    assert SCM().guides and MeanFlow(velocity="teacher").guides and TwinFlow(velocity="teacher", guidance=0.0).guides
+
+
+def test_snoopis_critic_must_know_what_it_is_guided_by() -> None:
+    with pytest.raises(ValueError, match=r"objective.base.null_rate 0: a guided critic must know the null condition"):
+        SNOOPI(base=VSD(null_rate=0.0))
+    with pytest.raises(ValueError, match=r"objective.base.critic_guided is off"):
+        SNOOPI(base=VSD(critic_guided=False))
+
+
+def test_intervals_of_ict_have_a_level_between_their_ends() -> None:
+    with pytest.raises(ValueError, match=r"objective.intervals.start must be at least 2; got 1"):
+        ICT(intervals=Doubling(1, 4, 10)).check(Sampler(trailing(1)))

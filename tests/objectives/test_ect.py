@@ -113,3 +113,11 @@ def test_tuning_on_data_alone_reaches_the_exact_ode_map(gaussian: GaussianTeache
     student = distilled(objective, gaussian, start, ONE_STEP, {"student": AdamW(2e-3, decay="linear")}, 300, batch=256)
     after = error_of(gaussian, student)
     assert after < 0.35 < before / 2  # 0.22 over two seeds, from 0.72
+
+
+def test_the_gap_shrinks_no_further_than_its_smallest() -> None:
+    """From stage 6 on, 3^-7 < 1e-3: the lower level stays a thousandth (times 1 + k sigmoid(-b level)) below."""
+    objective, level = ECT(factor=3.0, stage_steps=10, k=0.0), torch.tensor([0.5, 2.0], dtype=torch.float64)
+    torch.testing.assert_close(objective.lower(level, 55), level * (1 - 3.0**-6))
+    for index in (60, 10_000):
+        torch.testing.assert_close(objective.lower(level, index), level * 0.999, rtol=1e-12, atol=0)

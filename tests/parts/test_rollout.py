@@ -12,10 +12,10 @@ from torch.testing import assert_close
 from stepdistill.models.denoiser import Cond
 from stepdistill.objective import Batch, Step
 from stepdistill.parts.rollout import BackwardSim, FromData, OneStep, Rollout
-from stepdistill.sampling import Ddim, Renoise, Sampler, StepRule, Tcd
-from stepdistill.schedule import EDM, RectifiedFlow, Schedule, TrigFlow
+from stepdistill.sampling import Ddim, Renoise, Sampler, StepRule, Tcd, trailing
+from stepdistill.schedule import EDM, DiscreteVP, RectifiedFlow, Schedule, TrigFlow
 from stepdistill.student import Student
-from stepdistill.testing import mlp
+from stepdistill.testing import GaussianTeacher, exact_student, mlp
 
 GRID = (0.9, 0.6, 0.3)
 
@@ -174,3 +174,10 @@ def test_backward_simulation_of_one_step_is_one_step() -> None:
     assert_close(y.std(), torch.tensor(0.5), rtol=0.02, atol=0)
     assert_close(simulated.mean(0), direct.mean(0), rtol=0, atol=0.03)
     assert_close(simulated.T.cov(), direct.T.cov(), rtol=0, atol=0.03)
+
+
+def test_real_data_that_are_not_there_are_asked_for() -> None:
+    teacher = GaussianTeacher(torch.zeros(2), torch.eye(2), DiscreteVP.linear())
+    student = exact_student(teacher, Sampler(trailing(1)))
+    with pytest.raises(ValueError, match=r"objective.rollout FromData needs data with x0; use BackwardSim"):
+        FromData()(student, Batch({}, (3, 2)), Step.at(0))

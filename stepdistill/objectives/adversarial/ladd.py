@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
+from stepdistill.parts.game import new_samples, student_samples
 from stepdistill.parts.gan import Gan
 from stepdistill.parts.rollout import FromData, Rollout, refuse_one_step
 from stepdistill.parts.times import LogitNormal
@@ -49,16 +48,12 @@ class LADD(Objective):
 
     def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
         """Look real."""
-        x0 = self.rollout(nets.student, batch, step)
-        step.shared["student_x0"] = x0.detach()
+        x0 = new_samples(self.rollout, nets, batch, step)
         adv = self.gan.student_term(nets.disc, nets.teacher.schedule, x0, batch.cond, step)
         return Loss(self.gan.weight * adv)
 
     def disc_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
         """Tell the student's samples from real ones of the same conditions."""
-        if "student_x0" not in step.shared:
-            with torch.no_grad():
-                step.shared["student_x0"] = self.rollout(nets.student, batch, step)
-        fake = step.shared["student_x0"]
+        fake = student_samples(self.rollout, nets, batch, step)
         loss, accuracy = self.gan.disc_term(nets.disc, nets.teacher.schedule, batch.x0, fake, batch.cond, step)
         return Loss(loss, disc_accuracy=accuracy)
