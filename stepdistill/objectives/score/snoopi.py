@@ -59,6 +59,6 @@ class SNOOPI(Objective):
         if "guidance" in batch.cond:
             raise ValueError("snoopi draws guidance itself, from objective.guidance; leave teacher.guidance_range out")
         low, high = self.guidance
-        drawn = step.rand(len(batch) if self.per_sample else 1)
+        drawn = step.rand(len(batch)) if self.per_sample else step.shared_rand()
         scale = (low + (high - low) * drawn).expand(len(batch))
         return Loss(pull(*self.base.score_gap(nets, batch, step, scale)), guidance=scale.mean())
