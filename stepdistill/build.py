@@ -271,9 +271,9 @@ def build(
     setting = Setting(opened, nets.teacher, recipe.sampler, distributed.share(run.batch), run.seed, run.device, cache)
     with visiting(opened.denoiser, run.device), distributed.main_first():  # some sources ask the teacher
         data = with_guidance(recipe.data.open(setting), recipe, opened)
-    resting = place(nets, recipe.placement, run.device)
+    placed = place(nets, recipe.placement, run.device)
     optimizers = {name: spec.build(nets[name].parameters()) for name, spec in optim.items()}
-    trainer = Trainer(nets, recipe.objective, optimizers, data, run, specs=optim, resting=resting, out=out)
+    trainer = Trainer(nets, recipe.objective, optimizers, data, run, specs=optim, placed=placed, out=out)
     return Built(opened, trainer)
 
 

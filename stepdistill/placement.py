@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -68,35 +68,44 @@ def recompute(nets: Nets, roles: Iterable[str]) -> None:
         ValueError: if a network cannot.
     """
     for role in roles:
-        for denoiser in _denoisers(nets, role, "placement.checkpointing"):
+        for denoiser in _of_role(nets, role, "placement.checkpointing"):
             net = network_of(denoiser.net)
             if not getattr(net, "_supports_gradient_checkpointing", False):
                 raise ValueError(f"placement.checkpointing {role!r}: {type(net).__name__} cannot do that")
             net.enable_gradient_checkpointing()
 
 
-def shard(nets: Nets, device: str) -> None:
+def shard(nets: Nets, device: str) -> list[nn.Module]:
     """Split all denoising networks over the processes, on whose devices they then lie.
 
     Each member of a network's own lists of blocks is gathered for itself, whatever is left with the network. Before
     this nobody may have listed their parameters, and no optimizer may hold them. Heads and a method's other modules
     are small and stay whole.
+
+    Returns:
+        Modules that stay gathered until they are told to ``reshard``. FSDP gathers a network for a backward pass when
+        the pass reaches the network's output, and the features that a discriminator reads never get there.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     mesh = init_device_mesh(torch.device(device).type, (distributed.world(),))
-    for net in nets.values():
-        if isinstance(net, Discriminator):
-            net.stops_early = False
-        for denoiser in (module for module in net.modules() if isinstance(module, Denoiser)):
-            network = network_of(denoiser.net)
-            blocks = [b for part in network.children() if isinstance(part, nn.ModuleList) for b in part]
-            second = [denoiser.net.second] if isinstance(denoiser.net, TwoTime) else []
-            for module in (*blocks, network, *second):
-                if not isinstance(module, FSDPModule) and any(True for _ in module.parameters()):
-                    # also the last one: what stays gathered between turns would be older than its shards
-                    fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    for denoiser in _denoisers(nets):
+        network = network_of(denoiser.net)
+        blocks = [b for part in network.children() if isinstance(part, nn.ModuleList) for b in part]
+        second = [denoiser.net.second] if isinstance(denoiser.net, TwoTime) else []
+        for module in (*blocks, network, *second):
+            if not isinstance(module, FSDPModule) and any(True for _ in module.parameters()):
+                # the outermost too: what stays gathered from one turn to the next is older than its shards
+                fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    gathered = []
+    for disc in (net for net in nets.values() if isinstance(net, Discriminator)):
+        disc.stops_early = False
+        gathered += [m for m in network_of(disc.backbone.net).modules() if isinstance(m, FSDPModule)]
+    for module in gathered:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.set_reshard_after_backward(False, recurse=False)
+    return gathered
 
 
 class Resting:
@@ -151,7 +160,35 @@ def visiting(denoiser: Denoiser, device: torch.device | str) -> Iterator[None]:
         guest.hook.remove()
 
 
-def place(nets: Nets, placement: Placement, device: str) -> dict[str, list[Resting]]:
+class Placed:
+    """Networks that are on the CPU, or in pieces, between turns.
+
+    Args:
+        resting: on the CPU, by role.
+        gathered: sharded modules that turns leave whole.
+    """
+
+    def __init__(self, resting: Mapping[str, list[Resting]] | None = None, gathered: Sequence[nn.Module] = ()):
+        self.resting, self.gathered = dict(resting or {}), tuple(gathered)
+
+    @contextmanager
+    def awake(self, role: str) -> Iterator[None]:
+        """A network is on the device within the block, also one that rests; it may be changed there."""
+        for one in self.resting.get(role, ()):
+            one.arrive()
+        yield
+        for one in self.resting.get(role, ()):
+            one.leave(changed=True)
+
+    def after_turn(self) -> None:
+        """Everyone goes back; no graph needs them any more."""
+        for one in (one for role in self.resting.values() for one in role):
+            one.leave()
+        for module in self.gathered:
+            module.reshard()
+
+
+def place(nets: Nets, placement: Placement, device: str) -> Placed:
     """Put all networks where they belong, in place.
 
     Args:
@@ -159,42 +196,33 @@ def place(nets: Nets, placement: Placement, device: str) -> dict[str, list[Resti
         placement: the rules.
         device: where networks compute.
 
-    Returns:
-        Those that rest on the CPU, by role.
-
     Raises:
         ValueError: if a network that shall rest is none of the run's, or is never idle.
     """
-    if sharded(placement):
-        shard(nets, device)
-    resting = {}
-    for role in placement.offload:
-        resting[role] = _denoisers(nets, role, "placement.offload")
-        if any(has_adapters(denoiser.net) for denoiser in resting[role]):
+    gathered = shard(nets, device) if sharded(placement) else []
+    resting = {role: _of_role(nets, role, "placement.offload") for role in placement.offload}
+    for role, denoisers in resting.items():
+        if any(has_adapters(denoiser.net) for denoiser in denoisers):
             raise ValueError(f"placement.offload {role!r}: others adapt its network, and so use it all the time")
     for role, net in nets.items():
         if role not in resting:
             net.to(device)
-            for denoiser in (module for module in net.modules() if isinstance(module, Denoiser)):
+            for denoiser in _denoisers(net):
                 network_of(denoiser.net).to(device)  # what adapters are on is no part of them
     if "disc" in nets:
         nets["disc"].backbone.to(device)  # no part of it
-    return {role: [Resting(denoiser, device) for denoiser in found] for role, found in resting.items()}
+    return Placed(
+        {role: [Resting(denoiser, device) for denoiser in found] for role, found in resting.items()}, gathered
+    )
 
 
-@contextmanager
-def awake(resting: Mapping[str, list[Resting]], role: str) -> Iterator[None]:
-    """A network is on the device within the block, also one that rests; it may be changed."""
-    for one in resting.get(role, ()):
-        one.arrive()
-    yield
-    for one in resting.get(role, ()):
-        one.leave(changed=True)
+def _denoisers(net: nn.Module) -> list[Denoiser]:
+    return [module for module in net.modules() if isinstance(module, Denoiser)]
 
 
-def _denoisers(nets: Nets, role: str, field: str) -> list[Denoiser]:
-    found = [m for m in nets[role].modules() if isinstance(m, Denoiser)] if role in nets else []
+def _of_role(nets: Nets, role: str, field: str) -> list[Denoiser]:
+    found = _denoisers(nets[role]) if role in nets else []
     if not found:
-        known = sorted(name for name, net in nets.items() if any(isinstance(m, Denoiser) for m in net.modules()))
+        known = sorted(name for name, net in nets.items() if _denoisers(net))
         raise ValueError(f"{field}: {role!r} is none of the denoising networks of this run: {', '.join(known)}")
     return found

@@ -21,7 +21,7 @@ from stepdistill.checkpoint import Checkpoints, Progressed
 from stepdistill.logging import MetricsFile, Progress, Trackers
 from stepdistill.models.nets import Nets, add_averages, only_trains, update_average
 from stepdistill.objective import Batch, Objective, Step, Turn
-from stepdistill.placement import Resting, awake
+from stepdistill.placement import Placed
 from stepdistill.randomness import Part
 
 Source = Callable[[Step], Batch]
@@ -159,7 +159,7 @@ class Trainer:
         specs: their learning-rate rules, same keys; None leaves the optimizers' rates alone.
         data: where batches come from.
         run: lengths and frequencies.
-        resting: networks that lie on the CPU while they are idle, by role; see ``placement.rest``.
+        placed: networks that are elsewhere between turns; see ``placement.place``.
         out: run directory; None trains without writing anything.
         preview: called in all processes with the averaged student and the number of steps done; makes a picture.
 
@@ -176,7 +176,7 @@ class Trainer:
         run: Run,
         *,
         specs: Mapping[str, AdamW] | None = None,
-        resting: Mapping[str, list[Resting]] | None = None,
+        placed: Placed | None = None,
         out: Path | None = None,
         preview: Callable[[torch.nn.Module, int], None] | None = None,
     ):
@@ -191,7 +191,7 @@ class Trainer:
             )
         self.nets, self.objective, self.optimizers, self.data, self.run = nets, objective, dict(optimizers), data, run
         self.specs = dict(specs or {})
-        self.resting = dict(resting or {})
+        self.placed = placed or Placed()
         self.preview = preview
         self.averages = {"ema": run.ema, **objective.averages()}
         add_averages(nets, self.averages)
@@ -232,8 +232,7 @@ class Trainer:
             logs |= {f"{turn.name}/{term}": value for term, value in terms.items()}
             if moved:
                 self._move(turn, index)
-            for one in (one for role in self.resting.values() for one in role):
-                one.leave()
+            self.placed.after_turn()
         return logs
 
     def _batch(self, number: int, micro: int) -> Batch:
@@ -279,7 +278,7 @@ class Trainer:
             self.optimizers[name].zero_grad(set_to_none=True)
         if "student" in turn.moves:
             for name, decay in self.averages.items():
-                with awake(self.resting, name):
+                with self.placed.awake(name):
                     update_average(self.nets[name], self.nets.student, decay)
 
     def fit(self) -> None:
@@ -325,7 +324,7 @@ class Trainer:
 
     def _show(self) -> None:
         if self.preview:
-            with awake(self.resting, "ema"):
+            with self.placed.awake("ema"):
                 self.preview(self.nets.ema, self.index)
 
     def save(self) -> None:
