@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"no command {args[0]!r}{suggest(args[0], COMMANDS)}")
         if distributed.launched() > 1 and args[0] != "distill":
             raise ValueError(f"{args[0]} runs in one process; a launcher is for distill")
+        distributed.join()  # first of all, so that one of them says what is wrong
         COMMANDS[args[0]](args[1:])
     except KeyboardInterrupt:
         goes_on = "; the same command goes on" if args[0] in ("quickstart", "distill") else ""
@@ -84,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(kind: type, args: list[str], command: str, **options: Any) -> Any:
-    return tyro.cli(kind, args=args, prog=f"stepdistill {command}", **options)
+    return tyro.cli(
+        kind, args=args, prog=f"stepdistill {command}", console_outputs=distributed.is_main(), **options
+    )
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,8 @@ def distill(recipe: Recipe, out: Path, *, resume: bool = True) -> Distilled:
         ValueError: if ``out`` is in use for something else.
         KeyboardInterrupt: after ^C, with a checkpoint written.
     """
-    distributed.join(recipe.run.device)
+    distributed.join()
+    distributed.take_card(recipe.run.device)
     distributed.on_main(lambda: claim(out, recipe, resume))
     stages = recipe.stages()
     opened = open_teacher(recipe.teacher)

@@ -33,28 +33,33 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join(device: str) -> None:
+def join() -> None:
     """Find the other processes, if a launcher has started any; done once.
 
-    Args:
-        device: cpu, or cuda: each process then takes the card of its own number on its machine.
-
     Raises:
-        ValueError: if the launcher was told what recipes say, or a card is named.
+        ValueError: if accelerate's config asks for what is not done here.
     """
     global _store
     if launched() == 1 or dist.is_initialized():
         return
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
         raise ValueError("accelerate's distributed_type DEEPSPEED: use MULTI_GPU, or FSDP to shard; see train/launch/")
-    if device.startswith("cuda"):
-        if device != "cuda":
-            raise ValueError(f"run.device {device!r} with {launched()} processes: use 'cuda'; each takes its own card")
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     _store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
     dist.init_process_group(store=_store, rank=rank, world_size=world, timeout=PATIENCE)  # gloo, and NCCL for cards
     if not is_main():
         warnings.simplefilter("ignore")  # the main process says it
+
+
+def take_card(device: str) -> None:
+    """Let "cuda" be the card of this process's number on its machine.
+
+    Raises:
+        ValueError: if one card is named for all.
+    """
+    if world() > 1 and device.startswith("cuda"):
+        if device != "cuda":
+            raise ValueError(f"run.device {device!r} with {world()} processes: use 'cuda'; each takes its own card")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def refuse_other_precision(dtype: str) -> None:
