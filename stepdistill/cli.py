@@ -85,9 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(kind: type, args: list[str], command: str, **options: Any) -> Any:
-    return tyro.cli(
-        kind, args=args, prog=f"stepdistill {command}", console_outputs=distributed.is_main(), **options
-    )
+    return tyro.cli(kind, args=args, prog=f"stepdistill {command}", console_outputs=distributed.is_main(), **options)
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,7 @@ def test_there_is_nothing_to_resume_in_a_new_folder_or_without_one(make: Make, t
 def test_a_checkpoint_holds_no_teacher(make: Make, tmp_path: Path) -> None:
     trainer = make("dmd2", tmp_path)
     trainer.save()
+    trainer.checkpoints.finish()
     (path,) = trainer.checkpoints.paths()
     header = path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")]
     roles = {name.split(".")[1] for name in json.loads(header) if name.startswith("nets.")}
@@ -192,6 +193,7 @@ def saved(make: Make, tmp_path: Path) -> list[Path]:
         trainer.step(index)
         trainer.index += 1
         trainer.save()
+    trainer.checkpoints.finish()
     return trainer.checkpoints.paths()
 
 
@@ -273,6 +275,7 @@ def test_a_full_disk_costs_no_older_checkpoint(
             OSError, match=r"could not write .*00000004.safetensors: .*No space left on device"
         ) as error:
             trainer.save()
+            trainer.checkpoints.finish()
     assert "\n" not in str(error.value) and "nothing already there was lost" in str(error.value)
     assert {path: path.read_bytes() for path in saved[0].parent.iterdir()} == before
     assert make("cd", tmp_path).resume()
