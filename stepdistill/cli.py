@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -33,7 +33,7 @@ from stepdistill.export import load_lines, load_student, stand_in
 from stepdistill.generate import folder_of, sample
 from stepdistill.models.families import family_for
 from stepdistill.objective import Objective, registered
-from stepdistill.plan import plan
+from stepdistill.plan import open_for_plan, plan, propose
 from stepdistill.quickstart import quickstart
 from stepdistill.recipe import Evaluation, Recipe, Teacher, suggest
 from stepdistill.recipes import bundled, find
@@ -407,27 +407,59 @@ def _served(recipe: Callable[..., Recipe], steps: int) -> bool:
 
 @dataclass(frozen=True)
 class PlanOf:
-    """What a recipe will cost, measured in a few updates on noise: evaluations, parameters, memory."""
+    """What a recipe will cost: network evaluations and parameters, counted in a few updates on noise, and the peak
+    memory of a device, from a rehearsal that allocates nothing.
+    """
 
     recipe: tyro.conf.Positional[str]
     """A name under train/, a file, or a run's recipe.json."""
+    teacher: str | None = None
+    """Plan for another teacher: config:sd1.5, config:sdxl, config:sd3.5-medium, config:sd3.5-large, config:flux-dev
+    and config:sd3-medium need no weights."""
+    size: tuple[int, ...] = ()
+    """Pixels of its samples, if not its own."""
+    batch: int | None = None
+    """Samples of a micro-batch, if not the recipe's."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Arithmetic inside networks, if not the recipe's."""
+    card: float | None = None
+    """Gigabytes (1e9 bytes) of a card: propose the least change under which the last stage fits on it."""
     json: bool = False
     """Print JSON."""
 
 
 def _cost(args: list[str]) -> None:
     given = _parse(PlanOf, args, "plan")
-    stages = plan(find(given.recipe))
+    if given.card is not None and given.card <= 0:
+        raise ValueError(f"--card must be gigabytes above 0; got {given.card:g}")
+    recipe = _planned(find(given.recipe), given)
+    opened = open_for_plan(recipe.teacher)
+    stages = plan(recipe, opened, memory=True)
+    fits = propose(recipe, opened, given.card) if given.card else None
     if given.json:
-        print(json_.dumps([dataclasses.asdict(s) | {"evaluations": s.evaluations} for s in stages], indent=2))
+        rows = [dataclasses.asdict(s) | {"evaluations": s.evaluations} for s in stages]
+        proposal = fits and {"changes": fits.changes, "peak": fits.peak}
+        print(json_.dumps({"stages": rows, "proposal": proposal} if given.card else rows, indent=2))
         return
     for s in stages:
         print(
             f"{s.method}, {s.steps} step{'s' * (s.steps > 1)}: {s.updates} updates of {s.batch} samples, "
             f"{s.per_update:.2f} network evaluations each; {s.data:,} for the data; {s.parameters / 1e6:.2f} M "
-            f"parameters in all roles; {s.bytes_per_sample * s.batch / 2**20:.0f} MB held for backward passes"
+            f"parameters in all roles\n  memory at most {s.memory}"
         )
     print(f"{sum(s.evaluations for s in stages):,} network evaluations of one sample (a backward pass counts two)")
+    if given.card:
+        print(f"on {given.card:g} GB: {fits or 'nothing here fits; shard it over several cards (placement.shard)'}")
+
+
+def _planned(recipe: Recipe, given: PlanOf) -> Recipe:
+    """The recipe, and its warm starts, with what the command line says."""
+    source = given.teacher or recipe.teacher.source
+    teacher = dataclasses.replace(recipe.teacher, source=source, size=given.size or recipe.teacher.size)
+    asked = {"batch": given.batch, "dtype": given.dtype, "device": "cuda" if given.card else None}
+    run = dataclasses.replace(recipe.run, **{k: v for k, v in asked.items() if v is not None})
+    start = recipe.warm_start and _planned(recipe.warm_start, given)
+    return dataclasses.replace(recipe, teacher=teacher, run=run, warm_start=start)
 
 
 def methods_table() -> str:

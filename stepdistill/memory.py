@@ -7,6 +7,7 @@ shapes, dtypes and lifetimes, and no numbers. What is alive at once in the rehea
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,8 +26,11 @@ from torch.utils._pytree import tree_leaves
 
 from stepdistill import placement
 from stepdistill.build import build
-from stepdistill.data import Data, Setting
-from stepdistill.data.base import to_device
+from stepdistill.data import Data, DigitsData, Setting, TeacherPairs
+from stepdistill.data.base import MEMORY, to_device
+from stepdistill.data.classes import load_digits
+from stepdistill.data.images import ImageSource
+from stepdistill.data.prompts import PromptSource
 from stepdistill.models.denoiser import Cond, Denoiser
 from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.families import Opened
@@ -118,7 +122,8 @@ def rehearsal(*, as_on_cuda: bool = False) -> Iterator[LiveBytes]:
     """
     books = LiveBytes()
     with ExitStack() as stack:
-        stack.enter_context(patch.object(Tensor, "__deepcopy__", _fake_copy))
+        for kind in (Tensor, nn.Parameter):
+            stack.enter_context(patch.object(kind, "__deepcopy__", _fake_copy))
         stack.enter_context(patch.object(nn.Module, "to", lambda module, *args, **kwargs: module))  # torch cannot
         stack.enter_context(patch.object(placement, "Resting", partial(_Away, books)))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -207,32 +212,53 @@ class Memory:
         """What is there between turns, with every network on the device."""
         return sum(self.weights.values()) + self.optimizer + self.data
 
+    def __str__(self) -> str:
+        parts = {**{f"{role} {{}}": size for role, size in self.weights.items()}, "optimizers {}": self.optimizer}
+        parts |= {
+            "data {}": self.data,
+            "gradients, activations and what else comes and goes {}": self.peak - self.standing,
+        }
+        return f"{_bytes(self.peak)}: " + ", ".join(text.format(_bytes(n)) for text, n in parts.items() if n)
 
-def held_by(nets: nn.ModuleDict) -> dict[str, list[Tensor]]:
-    """Parameters and buffers by role, each storage with the first role that has it.
 
-    The networks that adapters are on, and a discriminator reads from, are among them.
+def _bytes(n: float) -> str:
+    """As people write it, in powers of ten as cards are sold."""
+    unit, name = next((u, name) for u, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB"), (1, "B")) if n >= u or u == 1)
+    return f"{n / unit:.3g} {name}"
+
+
+def held_by(
+    nets: nn.ModuleDict, which: Callable[[nn.Module, str], bool] = lambda module, name: True
+) -> dict[str, list[Tensor]]:
+    """Parameters and buffers by role, each with the first role that has it; of each module ``which`` names count.
+
+    Networks that adapters are on, and that a discriminator reads from, are no part of those modules; they come last,
+    so that each role's adapters are its own.
     """
+    own = {role: list(net.modules()) for role, net in nets.items() if role != "teacher"}
+    around = {role: [m for part in _around(net) for m in part.modules()] for role, net in nets.items()}
     seen: set[int] = set()
-    found: dict[str, list[Tensor]] = {}
-    for role, net in nets.items():
-        tensors = found.setdefault(role, [])
-        for module in _all_modules(net):
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+    found: dict[str, list[Tensor]] = {role: [] for role in nets}
+    for modules in (own, {"teacher": list(nets["teacher"].modules())} if "teacher" in nets else {}, around):
+        for role, several in modules.items():
+            for tensor in (
+                t
+                for m in several
+                for name, t in (m._parameters | m._buffers).items()
+                if t is not None and which(m, name)
+            ):
                 if id(tensor) not in seen:
                     seen.add(id(tensor))
-                    tensors.append(tensor)
+                    found[role].append(tensor)
     return found
 
 
-def _all_modules(net: nn.Module) -> Iterator[nn.Module]:
+def _around(net: nn.Module) -> Iterator[nn.Module]:
     for module in net.modules():
-        yield module
-        around = network_of(module)
-        if around is not module:
-            yield from around.modules()
         if isinstance(module, Discriminator):
-            yield from module.backbone.modules()
+            yield module.backbone
+        if network_of(module) is not module:
+            yield network_of(module)
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
@@ -240,13 +266,14 @@ def size_of(tensors: Iterable[Tensor]) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def rehearse(recipe: Recipe, opened: Opened, *, as_on_cuda: bool = False) -> Memory:
+def rehearse(recipe: Recipe, opened: Opened, *, as_on_cuda: bool = False, limit: float = math.inf) -> Memory:
     """Take every kind of step of a recipe's last stage once, on fake tensors.
 
     Args:
         recipe: the stage; a warm start changes nothing here.
         opened: its teacher; real, or on the meta device.
         as_on_cuda: let autocast choose dtypes as it does on a card.
+        limit: take no step, and call what stands between turns the peak, if that alone is more than so many bytes.
 
     Raises:
         ValueError: as ``build``.
@@ -262,7 +289,7 @@ def rehearse(recipe: Recipe, opened: Opened, *, as_on_cuda: bool = False) -> Mem
             books.hold(tensor)  # whatever came by other ways
         for optimizer in trainer.optimizers.values():
             _make_states(optimizer)
-        for index in _kinds(trainer):
+        for index in whole_steps(trainer) if books.peak <= limit else ():
             trainer.step(index)
         optimizer = size_of(
             value
@@ -275,7 +302,38 @@ def rehearse(recipe: Recipe, opened: Opened, *, as_on_cuda: bool = False) -> Mem
                         for turn in trainer.turns)  # fmt: skip
         weights = {role: size_of(tensors) for role, tensors in held.items()}
     more = (run.accumulate - micro) * sum(v.nbytes for v in cond.values())  # each micro-batch waits with its conditions
-    return Memory(weights, optimizer, gradients, 0, books.peak + more)
+    tables = table_bytes(
+        recipe.data, {k: v[:1] for k, v in cond.items()}, opened.sample_shape, recipe.sampler.steps + 1
+    )
+    return Memory(weights, optimizer, gradients, tables, books.peak + more + tables)
+
+
+def table_bytes(data: Data, cond: Cond, sample: tuple[int, ...], states: int) -> int:
+    """Bytes that a source keeps on the run's device.
+
+    Args:
+        data: the source.
+        cond: conditions of one sample.
+        sample: shape of one sample.
+        states: of a trajectory that are kept.
+    """
+    one, number = sum(v.nbytes for v in cond.values()), 4 * math.prod(sample)
+
+    def if_small(size: int, memory: float) -> int:
+        return size if size <= memory * 1e9 else 0
+
+    if isinstance(data, PromptSource):
+        return if_small(one * len(set(data.texts())), data.memory)
+    if isinstance(data, ImageSource):
+        texts = data.texts()
+        return if_small(one * len(set(texts)), data.memory) + if_small(number * len(texts), data.memory)
+    if isinstance(data, TeacherPairs):
+        memory = data.prompts.memory if data.prompts else MEMORY
+        given = table_bytes(data.prompts, cond, sample, states) if data.prompts else one * data.count
+        return given + if_small(data.count * states * number, memory)
+    if isinstance(data, DigitsData):
+        return (number + one) * len(load_digits("train").labels)
+    return 0
 
 
 def _make_states(optimizer: torch.optim.Optimizer) -> None:
@@ -286,7 +344,7 @@ def _make_states(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def _kinds(trainer: Trainer) -> list[int]:
+def whole_steps(trainer: Trainer) -> list[int]:
     """One index for each set of turns that is not part of another one."""
     first: dict[frozenset[int], int] = {}
     for index in range(trainer.run.steps):

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import copy
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from stepdistill.build import build, open_teacher
-from stepdistill.data import Data, Setting
-from stepdistill.data.base import to_device
+from stepdistill.fitting import Fit, fit
+from stepdistill.known_teachers import known_name, open_known
+from stepdistill.memory import Memory, Noise, held_by, rehearsal, rehearse
 from stepdistill.models.families import Opened
-from stepdistill.models.lora import network_of
-from stepdistill.objective import Batch, Step
+from stepdistill.models.nets import is_weight
 from stepdistill.profiling import cost, saved_bytes
-from stepdistill.recipe import Recipe
+from stepdistill.recipe import Recipe, Teacher
 from stepdistill.student import Student
 from stepdistill.trainer import Trainer
 
@@ -39,9 +40,11 @@ class StagePlan:
     data: int
     """Network evaluations that making the data takes."""
     parameters: int
-    """Held in all roles together, each counted once."""
+    """Held in all roles together, each counted once; frozen ones too."""
     bytes_per_sample: int
     """Most that autograd holds at once for a sample."""
+    memory: Memory | None = None
+    """Of the run's device; only where it is asked for."""
 
     @property
     def evaluations(self) -> int:
@@ -49,35 +52,19 @@ class StagePlan:
         return round(self.updates * self.batch * self.per_update) + self.data
 
 
-@dataclass(frozen=True)
-class _Noise(Data):
-    """Noise under a data source's conditions: costs nothing to make."""
-
-    source: Data
-
-    @property
-    def provides(self) -> frozenset[str]:  # type: ignore[override]
-        """The source's."""
-        return self.source.provides
-
-    def open(self, setting: Setting) -> Callable[[Step], Batch]:
-        """See ``Data``."""
-        cond = to_device(self.source.examples(setting.opened, setting.batch), setting.device)
-        shape = (setting.batch, *setting.opened.sample_shape)
-
-        def batch(step: Step) -> Batch:
-            path = step.randn((shape[0], setting.sampler.steps + 1, *shape[1:])).to(setting.device)
-            return Batch(cond, shape, x0=path[:, -1], path=path)
-
-        return batch
+def open_for_plan(teacher: Teacher) -> Opened:
+    """A recipe's teacher: without weights if it is a known one, which takes no download, otherwise as it is."""
+    name = known_name(teacher.source)
+    return open_known(name, teacher.size) if name else open_teacher(teacher)
 
 
-def plan(recipe: Recipe, opened: Opened | None = None) -> list[StagePlan]:
+def plan(recipe: Recipe, opened: Opened | None = None, *, memory: bool = False) -> list[StagePlan]:
     """Take a few updates of every stage on noise, and count.
 
     Args:
         recipe: what is asked about; nothing is written and nothing of it is trained.
-        opened: its teacher, where it is open already.
+        opened: its teacher, where it is open already; on the meta device the updates are rehearsed on fake tensors.
+        memory: rehearse each stage for its peak memory besides.
 
     Returns:
         One plan for each stage, in the order they run.
@@ -85,13 +72,18 @@ def plan(recipe: Recipe, opened: Opened | None = None) -> list[StagePlan]:
     Raises:
         ValueError: as ``build``.
     """
-    opened = opened or open_teacher(recipe.teacher)
+    opened = opened or open_for_plan(recipe.teacher)
+    imagined = next(opened.denoiser.parameters()).is_meta
     found: list[StagePlan] = []
     start: Student | None = None
     for stage in recipe.stages():
-        run = replace(stage.run, batch=BATCH, accumulate=1)
-        trainer = build(replace(stage, data=_Noise(stage.data), run=run), opened=opened, start=start).trainer
-        per_update, held = _average(trainer, stage.run.steps)
+        noise = Noise(stage.data, stage.data.examples(opened, BATCH))
+        run = replace(stage.run, batch=BATCH, accumulate=1, device="cpu" if imagined else stage.run.device)
+        with rehearsal() if imagined else nullcontext():
+            teacher = replace(opened, denoiser=copy.deepcopy(opened.denoiser)) if imagined else opened
+            trainer = build(replace(stage, data=noise, run=run), opened=teacher, start=start).trainer
+            per_update, held = _average(trainer, stage.run.steps, 1 if imagined else LOOKED_AT)
+            start = None if imagined else trainer.nets.student
         guided = 2 if stage.teacher.guidance != 1 and not trainer.nets.teacher.told else 1
         found.append(
             StagePlan(
@@ -101,33 +93,41 @@ def plan(recipe: Recipe, opened: Opened | None = None) -> list[StagePlan]:
                 stage.run.batch * stage.run.accumulate,
                 per_update,
                 stage.data.evaluations * guided,
-                parameters(trainer.nets.values()),
+                parameters(trainer.nets),
                 held,
+                rehearse(stage, opened, as_on_cuda=on_cuda(stage)) if memory else None,
             )
         )
-        start = trainer.nets.student
     return found
 
 
-def parameters(nets: Iterable[nn.Module]) -> int:
-    """Parameters of all networks, and of those they adapt, each counted once."""
-    seen: dict[int, int] = {}
-    for net in nets:
-        for module in net.modules():
-            for part in (module, network_of(module)):
-                seen |= {id(p): p.numel() for p in part.parameters()}
-    return sum(seen.values())
+def propose(recipe: Recipe, opened: Opened, card: float) -> Fit | None:
+    """The recipe's last stage with the least change under which it fits on a card of so many gigabytes (1e9 bytes)."""
+
+    def peak_of(changed: Recipe, limit: float) -> float:
+        return rehearse(changed, opened, as_on_cuda=on_cuda(changed), limit=limit).peak
+
+    return fit(recipe, card, peak_of)
 
 
-def _average(trainer: Trainer, steps: int) -> tuple[float, int]:
+def on_cuda(recipe: Recipe) -> bool:
+    """Whether it runs on a card of that kind."""
+    return recipe.run.device.startswith("cuda")
+
+
+def parameters(nets: nn.ModuleDict) -> int:
+    """Weights of all networks, of those they adapt and of those they read, each counted once; frozen ones too."""
+    return sum(t.numel() for tensors in held_by(nets, is_weight).values() for t in tensors)
+
+
+def _average(trainer: Trainer, steps: int, looked_at: int) -> tuple[float, int]:
     """Evaluations per sample and update over ``steps`` steps, and the most bytes held for a sample."""
     kinds: dict[tuple[bool, ...], list[int]] = {}
     for index in range(steps):
         kinds.setdefault(tuple(turn.due(index) for turn in trainer.turns), []).append(index)
     total = held = 0.0
     for indices in kinds.values():
-        total += len(indices) * cost(trainer, indices[:LOOKED_AT])
         with saved_bytes() as books:
-            trainer.step(indices[0])
+            total += len(indices) * cost(trainer, indices[:looked_at])
         held = max(held, books.peak / BATCH)
     return total / steps, round(held)

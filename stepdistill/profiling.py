@@ -247,7 +247,7 @@ class _Saved:
 
     def __init__(self, books: SavedBytes, tensor: Tensor):
         self.books, self.tensor = books, tensor.detach()
-        self.storage, self.size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+        self.storage, self.size = tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes()
         books.take(self.storage, self.size)
 
     def __del__(self) -> None:

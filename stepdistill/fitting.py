@@ -1,0 +1,137 @@
+"""What to change in a recipe so that it fits a card: the least change first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+from stepdistill.recipe import Recipe
+
+GB = 1e9
+RESERVE = 0.06
+"""Share of a card that the driver, the libraries' scratch space and the allocator's gaps take."""
+
+Peak = Callable[[Recipe, float], float]
+"""Peak bytes of a recipe; or, if what stands between turns is more than the number of bytes given, that."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A recipe that fits."""
+
+    recipe: Recipe
+    changes: tuple[str, ...]
+    """Against the recipe asked about; empty if that fits."""
+    peak: float
+    """Bytes."""
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.changes) or 'as it is'}: {self.peak / GB:.1f} GB"
+
+
+@dataclass(frozen=True)
+class _Change:
+    says: str
+    cost: int
+    """What it takes in time, and a LoRA in what the student can learn, against the others."""
+    to: Callable[[Recipe], Recipe]
+
+
+def fit(recipe: Recipe, card: float, peak_of: Peak) -> Fit | None:
+    """The recipe with the least change under which it fits.
+
+    Batches are divided first, since micro-batches give the same updates; then come bfloat16 arithmetic, recomputed
+    activations, idle networks on the CPU, and adapters, alone and together.
+
+    Args:
+        recipe: what shall run.
+        card: gigabytes (1e9 bytes) of memory.
+        peak_of: of recipes with one or two samples in a micro-batch; a peak is taken to grow by as much with each.
+
+    Returns:
+        None if nothing fits.
+    """
+    limit = card * GB * (1 - RESERVE)
+    for changes in _combinations(_changes(recipe)):
+        changed = recipe
+        for change in changes:
+            changed = change.to(changed)
+        batch, peak = _largest_batch(changed, limit, peak_of)
+        if batch:
+            says = [change.says for change in changes]
+            if batch < recipe.run.batch:
+                changed = micro_batches(changed, batch)
+                says.append(f"batch {batch} x accumulate {changed.run.accumulate}")
+            return Fit(changed, tuple(says), peak)
+    return None
+
+
+def micro_batches(recipe: Recipe, batch: int) -> Recipe:
+    """The same updates in micro-batches of ``batch`` samples."""
+    whole = recipe.run.batch * recipe.run.accumulate
+    return replace(recipe, run=replace(recipe.run, batch=batch, accumulate=whole // batch))
+
+
+def _largest_batch(recipe: Recipe, limit: float, peak_of: Peak) -> tuple[int, float]:
+    """The largest divisor of the recipe's batch that fits, or 0, and its peak."""
+    one = peak_of(micro_batches(recipe, 1), limit)
+    if one > limit:
+        return 0, one
+    each = peak_of(replace(recipe, run=replace(recipe.run, batch=2)), limit) - one if recipe.run.batch > 1 else 0.0
+    divisors = [b for b in range(1, recipe.run.batch + 1) if recipe.run.batch % b == 0]
+    best = max(b for b in divisors if one + (b - 1) * each <= limit)
+    return best, one + (best - 1) * each
+
+
+def _changes(recipe: Recipe) -> list[_Change]:
+    """Those that this recipe does not have yet."""
+    found: list[_Change] = []
+    movers = {name for turn in recipe.objective.turns() for name in turn.moves}
+    players = [role for role in ("student", "critic") if role in movers]
+    if recipe.run.dtype == "float32":
+        found.append(_Change("bfloat16", 1, lambda r: replace(r, run=replace(r.run, dtype="bfloat16"))))
+    kept = [role for role in players if role not in recipe.placement.checkpointing]
+    if kept:
+        says = f"activations of {_and(players)} recomputed"
+        found.append(
+            _Change(says, 2, lambda r: replace(r, placement=replace(r.placement, checkpointing=tuple(players))))
+        )
+    full = [role for role in players if _weights(recipe, role).form == "full"]
+    if full:
+        found.append(_Change(f"{_and(full)} as LoRA", 5, lambda r: _as_lora(r, full)))
+    idle = _idle(recipe)
+    if idle and not recipe.placement.shard and set(idle) - set(recipe.placement.offload):
+        found.append(_Change(f"{_and(idle)} offloaded", 3, _offload))
+    return found
+
+
+def _combinations(changes: Sequence[_Change]) -> Iterator[tuple[_Change, ...]]:
+    sets = [some for n in range(len(changes) + 1) for some in combinations(changes, n)]
+    yield from sorted(sets, key=lambda some: sum(change.cost for change in some))
+
+
+def _weights(recipe: Recipe, role: str):
+    return recipe.student if role == "student" else recipe.critic
+
+
+def _as_lora(recipe: Recipe, roles: Sequence[str]) -> Recipe:
+    for role in roles:
+        old = _weights(recipe, role)
+        recipe = replace(recipe, warm_start=None, **{role: type(old)("lora", rank=64, targets=old.targets)})
+    return recipe
+
+
+def _idle(recipe: Recipe) -> list[str]:
+    """Roles that nobody moves and nobody adapts."""
+    shared = any(weights.form == "lora" and not weights.own_base for weights in (recipe.student, recipe.critic))
+    averages = [] if recipe.student.form == "lora" else ["ema", *recipe.objective.averages()]
+    return [*([] if shared else ["teacher"]), *averages]
+
+
+def _offload(recipe: Recipe) -> Recipe:
+    return replace(recipe, placement=replace(recipe.placement, offload=tuple(_idle(recipe))))
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(names)
