@@ -54,7 +54,8 @@ def cut_down() -> dict[str, Known]:
     """The known teachers' classes, narrow and shallow, on small latents."""
     unet = {"block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 32}
     sd = {**unet, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-          "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": 64, "attention_head_dim": 4}  # fmt: skip
+          "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": 64,
+          "attention_head_dim": 4}  # fmt: skip
     xl = {**unet, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "attention_head_dim": (2, 4),
           "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 64,
           "transformer_layers_per_block": (1, 2), "use_linear_projection": True, "addition_embed_type": "text_time",
@@ -73,10 +74,12 @@ def cut_down() -> dict[str, Known]:
             {**prompt, "pooled": (64,), "time_ids": (6,)},
         ),
         "sd3.5-medium": Known(
-            lambda: SD3Transformer2DModel(**sd3), KNOWN["sd3.5-medium"].scheduler, (16, 32, 32), {**prompt, "pooled": (32,)}
+            lambda: SD3Transformer2DModel(**sd3), KNOWN["sd3.5-medium"].scheduler, (16, 32, 32),
+            {**prompt, "pooled": (32,)},
         ),
         "flux-dev": Known(
-            lambda: FluxTransformer2DModel(**flux), KNOWN["flux-dev"].scheduler, (16, 32, 32), {**prompt, "pooled": (32,)}
+            lambda: FluxTransformer2DModel(**flux), KNOWN["flux-dev"].scheduler, (16, 32, 32),
+            {**prompt, "pooled": (32,)},
         ),
     }  # fmt: skip
 
@@ -174,7 +177,8 @@ def table(found: dict[str, Any]) -> str:
     for row in (r for r in found["shared"] if r["teacher"] not in KNOWN):
         full, lora = (row[key]["measured"] / 1e6 for key in ("three_networks", "shared"))
         lines.append(
-            f"| bundled shapes-sd, measured, batch {row['batch']}, float32 | {full:.0f} MB | {lora:.0f} MB | {row['ratio']:.2f} | |"
+            f"| bundled shapes-sd, float32, batch {row['batch']}, measured | {full:.0f} MB | {lora:.0f} MB "
+            f"| {row['ratio']:.2f} | |"
         )
     return "\n".join(lines) + "\n"
 

@@ -1,0 +1,226 @@
+"""Rehearsed peaks against torch's allocator, and their parts against counts made by hand."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from stepdistill.build import build, open_teacher
+from stepdistill.data import DigitsData
+from stepdistill.known_teachers import KNOWN, Known, open_known, open_untrained
+from stepdistill.memory import (
+    CudaAutocast,
+    LiveBytes,
+    Memory,
+    Noise,
+    held_by,
+    measured_peak,
+    rehearsal,
+    rehearse,
+    size_of,
+    table_bytes,
+    whole_steps,
+)
+from stepdistill.models.families import Opened, open_pipeline
+from stepdistill.models.nets import is_weight
+from stepdistill.parts.gan import Gan
+from stepdistill.placement import Placement
+from stepdistill.recipe import Recipe, Teacher, Weights
+from stepdistill.recipes import find
+from tests.tiny import sd
+
+
+@pytest.fixture(scope="module")
+def digits() -> Opened:
+    return open_teacher(Teacher("bundled:digits"))
+
+
+@pytest.fixture(scope="module")
+def dmd2() -> Recipe:
+    """Of few samples, so that networks weigh about as much as activations."""
+    recipe = find("digits_dmd2")
+    return replace(recipe, run=replace(recipe.run, batch=4, steps=2))
+
+
+@pytest.fixture(scope="module")
+def kd() -> Recipe:
+    """Of two samples, so that every network is more than a tenth of the whole."""
+    recipe = find("digits_kd")
+    return replace(recipe, run=replace(recipe.run, batch=2, steps=1))
+
+
+@pytest.fixture(scope="module")
+def planned(dmd2: Recipe, digits: Opened) -> Memory:
+    return rehearse(dmd2, digits)
+
+
+@pytest.fixture(scope="module")
+def measured(dmd2: Recipe, digits: Opened) -> int:
+    return measure(dmd2, digits)
+
+
+def measure(recipe: Recipe, opened: Opened) -> int:
+    """What torch's allocator hands out, and the teacher, which is there before."""
+    noise = Noise(recipe.data, recipe.data.examples(opened, recipe.run.batch))
+
+    def steps() -> None:
+        trainer = build(replace(recipe, data=noise), opened=opened).trainer
+        for index in whole_steps(trainer) * 2:
+            trainer.step(index)
+
+    gc.collect()
+    return measured_peak(steps) + size_of([*opened.denoiser.parameters(), *opened.denoiser.buffers()])
+
+
+def test_views_count_with_what_they_view_and_nothing_stays_counted() -> None:
+    with LiveBytes() as books:
+        a = torch.zeros(1000)
+        b = a.view(10, 100)[2:]
+        c = a + 1
+        assert books.now == 8000
+        del a, c
+        assert books.now == 4000 and books.peak == 8000  # b still holds the storage
+        del b
+    assert books.now == 0
+
+
+def test_a_rehearsed_peak_is_the_measured_one(planned: Memory, measured: int) -> None:
+    assert planned.peak - planned.data == pytest.approx(measured, rel=0.03)
+
+
+def test_whatever_is_forgotten_would_be_noticed(kd: Recipe, digits: Opened) -> None:
+    """The bound of ten per cent means something: without a network, or its optimizer, the plan is outside of it."""
+    m, measured = rehearse(kd, digits), measure(kd, digits)
+    within = pytest.approx(measured, rel=0.1)
+    assert m.peak - m.data == within
+    for forgotten in (m.weights["ema"], m.weights["teacher"], m.optimizer, m.gradients):
+        assert m.peak - m.data - forgotten != within
+
+
+def test_standing_parts_are_what_one_counts_by_hand(planned: Memory, digits: Opened, dmd2: Recipe) -> None:
+    own = 4 * sum(p.numel() for p in digits.denoiser.parameters())
+    heads = planned.weights["disc"]
+    assert planned.weights == {role: own for role in ("teacher", "student", "critic", "ema")} | {"disc": heads}
+    movers = build(dmd2, opened=digits).trainer.nets
+    steps = 4 * sum(1 for role in ("student", "critic", "disc") for _ in movers[role].parameters())
+    assert planned.optimizer == 2 * (own + own + heads) + steps  # two moments each, and a counter of steps a tensor
+    assert planned.gradients == own + heads  # of the critic's turn; the student's is smaller
+
+
+def test_activations_grow_with_the_batch_and_weights_do_not(kd: Recipe, digits: Opened) -> None:
+    more = replace(kd, run=replace(kd.run, batch=32))
+    few, many = rehearse(kd, digits), rehearse(more, digits)
+    assert many.standing == few.standing
+    assert many.peak - few.peak == pytest.approx(measure(more, digits) - measure(kd, digits), rel=0.03)
+
+
+def test_adapters_share_the_teacher_and_each_role_has_its_own() -> None:
+    opened, lora = open_pipeline(sd.pipeline()), Weights("lora", rank=2)
+    recipe = find("shapes_sd_shared")
+    objective = replace(recipe.objective, gan=Gan(weight=0.0))
+    recipe = replace(recipe, warm_start=None, student=lora, critic=lora, objective=objective)
+    recipe = replace(recipe, run=replace(recipe.run, batch=1, steps=1))
+    bare = size_of([*opened.denoiser.parameters(), *opened.denoiser.buffers()])
+    m = rehearse(recipe, opened)
+    assert m.weights["teacher"] == bare
+    assert 0 < m.weights["student"] == m.weights["critic"] == m.weights["ema"] < bare
+    assert all(".lora_" not in name for name, _ in opened.denoiser.named_parameters())  # the real one is untouched
+
+
+def test_idle_networks_off_the_device_leave_room(dmd2: Recipe, digits: Opened, planned: Memory) -> None:
+    """The student's turn needs the teacher, so only the average's room is won; between turns both are gone."""
+    away = rehearse(replace(dmd2, placement=Placement(offload=("teacher", "ema"))), digits)
+    assert planned.peak - away.peak == planned.weights["ema"]
+
+
+def test_recomputed_activations_save_as_much_as_measured(digits: Opened) -> None:
+    opened = open_pipeline(sd.pipeline())
+    recipe = find("shapes_sd_kd")
+    recipe = replace(recipe, run=replace(recipe.run, batch=8, steps=1), warm_start=None)
+    less = replace(recipe, placement=Placement(checkpointing=("student",)))
+    plans = [rehearse(r, opened) for r in (recipe, less)]
+    assert plans[1].peak < plans[0].peak
+    for r, m in zip((recipe, less), plans, strict=True):
+        assert m.peak - m.data == pytest.approx(measure(r, open_pipeline(sd.pipeline())), rel=0.1)
+
+
+def test_a_rehearsal_allocates_nothing() -> None:
+    known = Known(
+        lambda: sd.unet(block_out_channels=(128, 256)), KNOWN["sd1.5"].scheduler, (4, 16, 16), {"prompt": (8, 16)}
+    )
+    opened = open_untrained(known)
+    recipe = find("shapes_sd_kd")
+    recipe = replace(recipe, teacher=Teacher("config:sd1.5"), run=replace(recipe.run, batch=4, steps=1))
+    found: list[Memory] = []
+    real = measured_peak(lambda: found.append(rehearse(recipe, opened)))
+    assert found[0].peak > 100e6 and real < 0.02 * found[0].peak
+
+
+def test_norms_are_kept_in_float32_on_a_card_and_not_on_a_cpu() -> None:
+    x = torch.zeros(2, 8, dtype=torch.bfloat16)
+    norm = nn.LayerNorm(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm(x).dtype == torch.bfloat16
+        with CudaAutocast():
+            assert norm(x).dtype == torch.float32
+
+
+def test_numbers_that_are_read_do_not_stop_a_rehearsal() -> None:
+    with rehearsal():
+        x = torch.zeros(3)
+        assert bool((x + 1).isfinite().all()) and float(x.sum()) == 1.0
+        drawn = int(torch.randint(5, (1,), generator=torch.Generator().manual_seed(0)))
+    assert drawn == int(torch.randint(5, (1,), generator=torch.Generator().manual_seed(0)))
+
+
+def test_tables_on_the_device_are_counted(digits: Opened) -> None:
+    cond = digits.family.examples(digits.pipeline, 1)
+    assert table_bytes(DigitsData(), cond, (1, 8, 8), 2) == 1437 * (64 * 4 + 8)
+
+
+def test_frozen_weights_and_what_a_discriminator_reads_are_parameters(digits: Opened) -> None:
+    recipe = find("digits_gdd")
+    heads = replace(recipe.heads, backbone="judge", taps=())
+    frozen = replace(recipe, heads=heads, student=Weights(freeze=("conv1",)), warm_start=None)
+    nets = build(frozen, opened=digits).trainer.nets
+    found = held_by(nets, is_weight)
+    own = sum(p.numel() for p in digits.denoiser.parameters())
+    assert sum(t.numel() for t in found["student"]) == own > sum(p.numel() for p in nets.student.parameters())
+    judge = sum(p.numel() for p in nets["disc"].backbone.parameters())
+    assert sum(t.numel() for t in found["disc"]) == judge + sum(p.numel() for p in nets["disc"].parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("sd1.5", 859_520_964), ("sdxl", 2_567_463_684), ("flux-dev", 11_901_408_320)]
+)
+def test_known_teachers_have_the_published_numbers_of_weights(name: str, parameters: int) -> None:
+    """Those of the hub's weight files."""
+    assert sum(p.numel() for p in open_known(name).denoiser.parameters()) == parameters
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="config:sdxl"):
+        open_teacher_for("config:sd9")
+
+
+def open_teacher_for(source: str) -> Opened:
+    from stepdistill.plan import open_for_plan
+
+    return open_for_plan(Teacher(source))
+
+
+@pytest.mark.gpu
+def test_on_a_card_the_plan_holds_too(dmd2: Recipe) -> None:
+    opened = open_teacher(Teacher("bundled:digits"))
+    recipe = replace(dmd2, run=replace(dmd2.run, batch=256, device="cuda"))
+    m = rehearse(recipe, opened, as_on_cuda=True)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    trainer = build(recipe, opened=opened).trainer
+    for index in whole_steps(trainer) * 2:
+        trainer.step(index)
+    assert m.peak == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.1)
