@@ -8,6 +8,7 @@ import pytest
 
 from stepdistill.build import open_teacher
 from stepdistill.models.families import Opened, open_pipeline
+from stepdistill.models.nets import Nets
 from stepdistill.parts.gan import Gan
 from stepdistill.plan import parameters, plan
 from stepdistill.recipe import Teacher, Weights
@@ -64,7 +65,8 @@ def test_a_shared_backbone_is_counted_once() -> None:
     bare = sum(p.numel() for name, p in opened.denoiser.named_parameters() if ".lora_" not in name)
     one_role = sum(p.numel() for n, p in opened.denoiser.named_parameters() if ".lora_" in n and "role0" in n)
     assert one_role > 0 and stage.parameters == bare + 3 * one_role
-    assert parameters([opened.denoiser, opened.denoiser]) == parameters([opened.denoiser])
+    twice = Nets({"student": opened.denoiser, "teacher": opened.denoiser})
+    assert parameters(twice) == parameters(Nets({"teacher": opened.denoiser}))
 
 
 def test_heads_on_a_shared_backbone_cost_its_forward_pass_alone() -> None:
