@@ -24,11 +24,12 @@ from stepdistill.build import build, open_teacher
 from stepdistill.data import ShapesData
 from stepdistill.evaluation.records import installed_versions
 from stepdistill.known_teachers import KNOWN, PREFIX, Known, open_known, open_untrained
-from stepdistill.memory import Noise, measured_peak, rehearse, size_of, whole_steps
+from stepdistill.memory import Noise, rehearse, size_of, whole_steps
 from stepdistill.models.families import Opened
 from stepdistill.placement import Placement
 from stepdistill.recipe import Recipe, Teacher, Weights
 from stepdistill.recipes import find
+from stepdistill.rehearsal import measured_peak
 
 BUNDLED = (
     "digits_kd",
@@ -95,8 +96,8 @@ def dmd2(
     where = Placement(checkpointing=("student", "critic") if checkpointing else ())
     run = replace(recipe.run, batch=batch, dtype=dtype, steps=4)
     few = ShapesData(count=64)  # captions alone are looked at
-    return replace(recipe, teacher=Teacher(source, guidance=guidance), data=few, warm_start=None, student=weights, critic=weights,
-                   placement=where, run=run)  # fmt: skip
+    return replace(recipe, teacher=Teacher(source, guidance=guidance), data=few, warm_start=None, student=weights,
+                   critic=weights, placement=where, run=run)  # fmt: skip
 
 
 def both(recipe: Recipe, open_it: Callable[[], Opened]) -> dict[str, Any]:

@@ -422,6 +422,8 @@ class PlanOf:
     """Samples of a micro-batch, if not the recipe's."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Arithmetic inside networks, if not the recipe's."""
+    devices: int = 1
+    """How many share each batch and, with placement.shard, the networks."""
     card: float | None = None
     """Gigabytes (1e9 bytes) of a card: propose the least change under which the last stage fits on it."""
     json: bool = False
@@ -432,10 +434,12 @@ def _cost(args: list[str]) -> None:
     given = _parse(PlanOf, args, "plan")
     if given.card is not None and given.card <= 0:
         raise ValueError(f"--card must be gigabytes above 0; got {given.card:g}")
+    if given.devices < 1:
+        raise ValueError(f"--devices must be at least 1; got {given.devices}")
     recipe = _planned(find(given.recipe), given)
     opened = open_for_plan(recipe.teacher)
-    stages = plan(recipe, opened, memory=True)
-    fits = propose(recipe, opened, given.card) if given.card else None
+    stages = plan(recipe, opened, memory=True, devices=given.devices)
+    fits = propose(recipe, opened, given.card, given.devices) if given.card else None
     if given.json:
         rows = [dataclasses.asdict(s) | {"evaluations": s.evaluations} for s in stages]
         proposal = fits and {"changes": fits.changes, "peak": fits.peak}
@@ -449,7 +453,9 @@ def _cost(args: list[str]) -> None:
         )
     print(f"{sum(s.evaluations for s in stages):,} network evaluations of one sample (a backward pass counts two)")
     if given.card:
-        print(f"on {given.card:g} GB: {fits or 'nothing here fits; shard it over several cards (placement.shard)'}")
+        print(
+            f"on {given.card:g} GB: {fits or 'nothing here fits; try several cards, --devices 8 and placement.shard'}"
+        )
 
 
 def _planned(recipe: Recipe, given: PlanOf) -> Recipe:

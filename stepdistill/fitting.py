@@ -38,7 +38,7 @@ class _Change:
     to: Callable[[Recipe], Recipe]
 
 
-def fit(recipe: Recipe, card: float, peak_of: Peak) -> Fit | None:
+def fit(recipe: Recipe, card: float, peak_of: Peak, devices: int = 1) -> Fit | None:
     """The recipe with the least change under which it fits.
 
     Batches are divided first, since micro-batches give the same updates; then come bfloat16 arithmetic, recomputed
@@ -47,7 +47,9 @@ def fit(recipe: Recipe, card: float, peak_of: Peak) -> Fit | None:
     Args:
         recipe: what shall run.
         card: gigabytes (1e9 bytes) of memory.
-        peak_of: of recipes with one or two samples in a micro-batch; a peak is taken to grow by as much with each.
+        peak_of: of recipes with one or two samples a device in a micro-batch; a peak is taken to grow by as much with
+            each.
+        devices: that share a batch.
 
     Returns:
         None if nothing fits.
@@ -57,7 +59,7 @@ def fit(recipe: Recipe, card: float, peak_of: Peak) -> Fit | None:
         changed = recipe
         for change in changes:
             changed = change.to(changed)
-        batch, peak = _largest_batch(changed, limit, peak_of)
+        batch, peak = _largest_batch(changed, limit, peak_of, devices)
         if batch:
             says = [change.says for change in changes]
             if batch < recipe.run.batch:
@@ -73,15 +75,18 @@ def micro_batches(recipe: Recipe, batch: int) -> Recipe:
     return replace(recipe, run=replace(recipe.run, batch=batch, accumulate=whole // batch))
 
 
-def _largest_batch(recipe: Recipe, limit: float, peak_of: Peak) -> tuple[int, float]:
-    """The largest divisor of the recipe's batch that fits, or 0, and its peak."""
-    one = peak_of(micro_batches(recipe, 1), limit)
+def _largest_batch(recipe: Recipe, limit: float, peak_of: Peak, devices: int) -> tuple[int, float]:
+    """The largest divisor of the recipe's batch that fits and ``devices`` can share, or 0, and its peak."""
+    batch = recipe.run.batch
+    if batch % devices:
+        raise ValueError(f"run.batch {batch} is shared by {devices} devices: use a multiple of {devices}")
+    one = peak_of(micro_batches(recipe, devices), limit)
     if one > limit:
         return 0, one
-    each = peak_of(replace(recipe, run=replace(recipe.run, batch=2)), limit) - one if recipe.run.batch > 1 else 0.0
-    divisors = [b for b in range(1, recipe.run.batch + 1) if recipe.run.batch % b == 0]
-    best = max(b for b in divisors if one + (b - 1) * each <= limit)
-    return best, one + (best - 1) * each
+    two = replace(recipe, run=replace(recipe.run, batch=2 * devices))
+    each = (peak_of(two, limit) - one) / devices if batch > devices else 0.0
+    fitting = [b for b in range(devices, batch + 1, devices) if batch % b == 0 and one + (b - devices) * each <= limit]
+    return max(fitting), one + (max(fitting) - devices) * each
 
 
 def _changes(recipe: Recipe) -> list[_Change]:

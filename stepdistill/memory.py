@@ -1,170 +1,34 @@
 """Peak memory of a recipe, before it runs.
 
-A rehearsal builds a recipe's networks and takes its steps, by the code of a real run, on fake tensors: they have
-shapes, dtypes and lifetimes, and no numbers. What is alive at once in the rehearsal will be alive in the run.
+A rehearsal builds a recipe's networks and takes its steps, by the code of a real run, on fake tensors: what is alive
+at once in it will be alive in the run.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
-from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from stepdistill import placement
+from stepdistill import distributed
 from stepdistill.build import build
 from stepdistill.data import Data, DigitsData, Setting, TeacherPairs
 from stepdistill.data.base import MEMORY, to_device
 from stepdistill.data.classes import load_digits
 from stepdistill.data.images import ImageSource
 from stepdistill.data.prompts import PromptSource
-from stepdistill.models.denoiser import Cond, Denoiser
+from stepdistill.models.denoiser import Cond
 from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.families import Opened
 from stepdistill.models.lora import network_of
 from stepdistill.objective import Batch, Step
 from stepdistill.recipe import Recipe
+from stepdistill.rehearsal import rehearsal
 from stepdistill.trainer import Trainer
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that operations within the block make, until nothing holds them: now, and at most.
-
-    Storages count once however many tensors view them. Scratch space inside a single operation is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: dict[int, tuple[weakref.ref[Any], int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and look at what it made."""
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self.hold(leaf)
-        return out
-
-    def hold(self, tensor: Tensor) -> None:
-        """Count a tensor's storage, unless it counts already."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self._known:
-            size = storage.nbytes()
-            self._known[key] = weakref.ref(storage, lambda _: self._let_go(key)), size
-            self.add(size)
-
-    def add(self, size: int) -> None:
-        """Count bytes that come by other ways; negative ones go."""
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-    def _let_go(self, key: int) -> None:
-        _, size = self._known.pop(key)
-        self.now -= size
-
-
-class Imagined(TorchDispatchMode):
-    """Lets code that reads numbers run on fake tensors: flags are true, numbers are 1, whole random ones are drawn."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation."""
-        kwargs, aten = kwargs or {}, torch.ops.aten
-        drawn = func in (aten.randint.generator, aten.randint.low_generator)
-        read = func is aten._local_scalar_dense.default
-        if drawn or (read and not isinstance(args[0], FakeTensor)):
-            with unset_fake_temporarily():
-                return func(*args, **kwargs)
-        if read:
-            dtype = args[0].dtype
-            return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
-        return func(*args, **kwargs)
-
-
-class CudaAutocast(TorchFunctionMode):
-    """Autocast as on a card, on a CPU: norms and softmax stay in float32 there, and keep float32 for the backward pass.
-
-    The functions are those of CUDA's list of float32 operations (torch 2 documentation of torch.amp) that the networks
-    of diffusers call under autocast.
-    """
-
-    FLOAT32 = frozenset({F.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax})
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function, the first argument in float32 if it has to be."""
-        if func in self.FLOAT32 and torch.is_autocast_enabled("cpu"):
-            args = (args[0].float(), *args[1:])
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def rehearsal(*, as_on_cuda: bool = False) -> Iterator[LiveBytes]:
-    """Within the block new tensors are fake, and everything is on one device.
-
-    Copies of real networks, and of networks on the meta device, are fake: ``copy.deepcopy`` allocates nothing.
-
-    Args:
-        as_on_cuda: let autocast choose dtypes as it does on a card.
-    """
-    books = LiveBytes()
-    with ExitStack() as stack:
-        for kind in (Tensor, nn.Parameter):
-            stack.enter_context(patch.object(kind, "__deepcopy__", _fake_copy))
-        stack.enter_context(patch.object(nn.Module, "to", lambda module, *args, **kwargs: module))  # torch cannot
-        stack.enter_context(patch.object(placement, "Resting", partial(_Away, books)))
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(books)
-        stack.enter_context(Imagined())
-        if as_on_cuda:
-            stack.enter_context(CudaAutocast())
-        yield books
-
-
-def _fake_copy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
-    if tensor.device.type == "meta" and not isinstance(tensor, FakeTensor):
-        new = torch.empty(tensor.shape, dtype=tensor.dtype)
-    else:
-        new = tensor.detach().clone()
-    if isinstance(tensor, nn.Parameter):
-        new = nn.Parameter(new, tensor.requires_grad)
-    memo[id(tensor)] = new
-    return new
-
-
-class _Away(placement.Resting):
-    """A network that counts while it is on the device and no longer."""
-
-    def __init__(self, books: LiveBytes, denoiser: Denoiser, device: torch.device | str, *, pin: bool = True):
-        self.books, self.here = books, False
-        self.size = sum(t.untyped_storage().nbytes() for t in (*denoiser.net.parameters(), *denoiser.net.buffers()))
-        books.add(-self.size)
-        self.hook = denoiser.net.register_forward_pre_hook(lambda *_: self.arrive())
-
-    def arrive(self) -> None:
-        """Be on the device."""
-        if not self.here:
-            self.here = True
-            self.books.add(self.size)
-
-    def leave(self, *, changed: bool = False) -> None:
-        """Be away again."""
-        if self.here:
-            self.here = False
-            self.books.add(-self.size)
 
 
 @dataclass(frozen=True)
@@ -262,31 +126,39 @@ def _around(net: nn.Module) -> Iterator[nn.Module]:
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors, each storage once."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    """Bytes of tensors, each storage once; of sharded ones, this process's part."""
+    storages = [distributed.local(t).untyped_storage() for t in tensors]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
-def rehearse(recipe: Recipe, opened: Opened, *, as_on_cuda: bool = False, limit: float = math.inf) -> Memory:
+def rehearse(
+    recipe: Recipe, opened: Opened, *, as_on_cuda: bool = False, devices: int = 1, limit: float = math.inf
+) -> Memory:
     """Take every kind of step of a recipe's last stage once, on fake tensors.
 
     Args:
         recipe: the stage; a warm start changes nothing here.
         opened: its teacher; real, or on the meta device.
         as_on_cuda: let autocast choose dtypes as it does on a card.
+        devices: how many share the batch and, by the recipe's placement, the networks; the result is for one of them.
         limit: take no step, and call what stands between turns the peak, if that alone is more than so many bytes.
 
     Raises:
         ValueError: as ``build``.
     """
-    run, cond = recipe.run, recipe.data.examples(opened, recipe.run.batch)
+    run = recipe.run
+    if run.batch % devices:
+        raise ValueError(f"run.batch {run.batch} is shared by {devices} devices: use a multiple of {devices}")
+    cond = recipe.data.examples(opened, run.batch // devices)
     micro = min(run.accumulate, 2)  # from the second on, gradients are there while activations are made
     noise = replace(run, device="cpu", accumulate=micro, trackers=())
     stage = replace(recipe, data=Noise(recipe.data, cond), run=noise, warm_start=None)
-    with rehearsal(as_on_cuda=as_on_cuda) as books:
+    with rehearsal(as_on_cuda=as_on_cuda, devices=devices) as books:
         trainer = build(stage, opened=replace(opened, denoiser=copy.deepcopy(opened.denoiser))).trainer
         held = held_by(trainer.nets)
         for tensor in (t for tensors in held.values() for t in tensors):
-            books.hold(tensor)  # whatever came by other ways
+            books.hold(distributed.local(tensor))  # whatever came by other ways
+        books.peak = books.now  # networks are made on the CPU and come to the device one by one
         for optimizer in trainer.optimizers.values():
             _make_states(optimizer)
         for index in whole_steps(trainer) if books.peak <= limit else ():
@@ -350,17 +222,3 @@ def whole_steps(trainer: Trainer) -> list[int]:
     for index in range(trainer.run.steps):
         first.setdefault(frozenset(k for k, turn in enumerate(trainer.turns) if turn.due(index)), index)
     return [index for kind, index in first.items() if not any(kind < other for other in first)]
-
-
-def measured_peak(run: Callable[[], Any]) -> int:
-    """Bytes that torch's CPU allocator hands out during ``run`` beyond those before it, at most."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        run()
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak

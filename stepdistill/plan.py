@@ -11,11 +11,12 @@ from torch import nn
 from stepdistill.build import build, open_teacher
 from stepdistill.fitting import Fit, fit
 from stepdistill.known_teachers import known_name, open_known
-from stepdistill.memory import Memory, Noise, held_by, rehearsal, rehearse
+from stepdistill.memory import Memory, Noise, held_by, rehearse
 from stepdistill.models.families import Opened
 from stepdistill.models.nets import is_weight
 from stepdistill.profiling import cost, saved_bytes
 from stepdistill.recipe import Recipe, Teacher
+from stepdistill.rehearsal import rehearsal
 from stepdistill.student import Student
 from stepdistill.trainer import Trainer
 
@@ -58,13 +59,14 @@ def open_for_plan(teacher: Teacher) -> Opened:
     return open_known(name, teacher.size) if name else open_teacher(teacher)
 
 
-def plan(recipe: Recipe, opened: Opened | None = None, *, memory: bool = False) -> list[StagePlan]:
+def plan(recipe: Recipe, opened: Opened | None = None, *, memory: bool = False, devices: int = 1) -> list[StagePlan]:
     """Take a few updates of every stage on noise, and count.
 
     Args:
         recipe: what is asked about; nothing is written and nothing of it is trained.
         opened: its teacher, where it is open already; on the meta device the updates are rehearsed on fake tensors.
         memory: rehearse each stage for its peak memory besides.
+        devices: that share the batch, and the networks if the recipe shards them; memory is that of one.
 
     Returns:
         One plan for each stage, in the order they run.
@@ -95,19 +97,19 @@ def plan(recipe: Recipe, opened: Opened | None = None, *, memory: bool = False) 
                 stage.data.evaluations * guided,
                 parameters(trainer.nets),
                 held,
-                rehearse(stage, opened, as_on_cuda=on_cuda(stage)) if memory else None,
+                rehearse(stage, opened, as_on_cuda=on_cuda(stage), devices=devices) if memory else None,
             )
         )
     return found
 
 
-def propose(recipe: Recipe, opened: Opened, card: float) -> Fit | None:
+def propose(recipe: Recipe, opened: Opened, card: float, devices: int = 1) -> Fit | None:
     """The recipe's last stage with the least change under which it fits on a card of so many gigabytes (1e9 bytes)."""
 
     def peak_of(changed: Recipe, limit: float) -> float:
-        return rehearse(changed, opened, as_on_cuda=on_cuda(changed), limit=limit).peak
+        return rehearse(changed, opened, as_on_cuda=on_cuda(changed), devices=devices, limit=limit).peak
 
-    return fit(recipe, card, peak_of)
+    return fit(recipe, card, peak_of, devices)
 
 
 def on_cuda(recipe: Recipe) -> bool:

@@ -41,6 +41,7 @@ LAYERS = (
     "lora_files",
     "known_teachers",
     "build",
+    "rehearsal",
     "memory",
     "fitting",
     "plan",

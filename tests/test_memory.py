@@ -13,13 +13,9 @@ from stepdistill.build import build, open_teacher
 from stepdistill.data import DigitsData, ShapesPrompts
 from stepdistill.known_teachers import KNOWN, Known, open_known, open_untrained
 from stepdistill.memory import (
-    CudaAutocast,
-    LiveBytes,
     Memory,
     Noise,
     held_by,
-    measured_peak,
-    rehearsal,
     rehearse,
     size_of,
     table_bytes,
@@ -31,6 +27,7 @@ from stepdistill.placement import Placement
 from stepdistill.plan import open_for_plan
 from stepdistill.recipe import Recipe, Teacher, Weights
 from stepdistill.recipes import find
+from stepdistill.rehearsal import CudaAutocast, LiveBytes, measured_peak, rehearsal
 from tests.tiny import sd
 
 
