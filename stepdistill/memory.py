@@ -7,6 +7,7 @@ at once in it will be alive in the run.
 from __future__ import annotations
 
 import copy
+import gc
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -158,6 +159,7 @@ def rehearse(
         held = held_by(trainer.nets)
         for tensor in (t for tensors in held.values() for t in tensors):
             books.hold(distributed.local(tensor))  # whatever came by other ways
+        gc.collect()  # sharding leaves whole weights behind in reference cycles
         books.peak = books.now  # networks are made on the CPU and come to the device one by one
         for optimizer in trainer.optimizers.values():
             _make_states(optimizer)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed import device_mesh
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -46,8 +47,8 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def hold(self, tensor: Tensor) -> None:
-        """Count a tensor's storage, unless it counts already."""
-        storage = tensor.untyped_storage()
+        """Count a tensor's storage, of a sharded one this process's part, unless it counts already."""
+        storage = (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).untyped_storage()
         key = storage._cdata
         if key not in self._known:
             size = storage.nbytes()

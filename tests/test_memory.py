@@ -28,6 +28,7 @@ from stepdistill.plan import open_for_plan
 from stepdistill.recipe import Recipe, Teacher, Weights
 from stepdistill.recipes import find
 from stepdistill.rehearsal import CudaAutocast, LiveBytes, measured_peak, rehearsal
+from tests.processes import together
 from tests.tiny import sd
 
 
@@ -173,6 +174,31 @@ def test_numbers_that_are_read_do_not_stop_a_rehearsal() -> None:
         assert bool((x + 1).isfinite().all()) and float(x.sum()) == 1.0
         drawn = int(torch.randint(5, (1,), generator=torch.Generator().manual_seed(0)))
     assert drawn == int(torch.randint(5, (1,), generator=torch.Generator().manual_seed(0)))
+
+
+def sharded_step() -> int:
+    """Peak of one of two processes, in a step of a run that goes on."""
+    recipe = sharded_regression()
+    opened = open_teacher(Teacher("bundled:digits"))
+    noise = Noise(recipe.data, recipe.data.examples(opened, 4))
+    trainer = build(replace(recipe, data=noise), opened=opened).trainer
+    trainer.step(0)
+    gc.collect()
+    states = [v for one in trainer.optimizers.values() for state in one.state.values() for v in state.values()]
+    held = size_of([*(t for tensors in held_by(trainer.nets).values() for t in tensors), *states])
+    return held + measured_peak(lambda: trainer.step(0))
+
+
+def sharded_regression() -> Recipe:
+    recipe = find("digits_kd")
+    return replace(recipe, run=replace(recipe.run, batch=8, steps=1), placement=Placement(shard=True))
+
+
+def test_one_of_two_processes_is_planned_with_its_shards(digits: Opened) -> None:
+    m = rehearse(sharded_regression(), digits, devices=2)
+    own = 4 * sum(p.numel() for p in digits.denoiser.parameters())
+    assert m.weights["student"] == pytest.approx(own / 2, rel=0.01)
+    assert [m.peak - m.data] * 2 == pytest.approx(together(2, sharded_step), rel=0.1)
 
 
 def test_tables_on_the_device_are_counted(digits: Opened) -> None:

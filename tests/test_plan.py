@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 
 from stepdistill.build import open_teacher
+from stepdistill.data import ShapesPrompts
+from stepdistill.known_teachers import KNOWN, Known, open_untrained
 from stepdistill.models.families import Opened, open_pipeline
 from stepdistill.models.nets import Nets
 from stepdistill.parts.gan import Gan
@@ -78,3 +80,13 @@ def test_heads_on_a_shared_backbone_cost_its_forward_pass_alone() -> None:
     recipe = replace(recipe, warm_start=None, student=lora, critic=lora, objective=objective)
     (stage,) = plan(replace(recipe, run=replace(recipe.run, steps=2)), opened)
     assert recipe.heads.backbone == "teacher" and stage.per_update == (3 + 2 + 1 + 2) + (3 + 2)
+
+
+def test_a_known_teacher_is_planned_without_weights() -> None:
+    """A narrow network of SD 1.5's class on the meta device: the counts of a real one."""
+    known = Known(sd.unet, KNOWN["sd1.5"].scheduler, (4, 8, 8), {"prompt": (12, 16)})
+    recipe = find("shapes_sd_kd")
+    recipe = replace(recipe, data=replace(recipe.data, count=2, prompts=ShapesPrompts(count=2)))
+    (imagined,) = plan(recipe, open_untrained(known))
+    (real,) = plan(recipe, open_untrained(known, device="cpu"))
+    assert imagined == real and imagined.per_update == 3 and imagined.bytes_per_sample > 0
