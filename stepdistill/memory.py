@@ -71,19 +71,19 @@ class Memory:
     """Tables of conditions and samples that stay on the device."""
     peak: int
     """At most at once, all of the above and the activations included."""
+    away: tuple[str, ...] = ()
+    """Roles that are on the CPU between turns."""
 
     @property
     def standing(self) -> int:
-        """What is there between turns, with every network on the device."""
-        return sum(self.weights.values()) + self.optimizer + self.data
+        """What is there between turns."""
+        return sum(n for role, n in self.weights.items() if role not in self.away) + self.optimizer + self.data
 
     def __str__(self) -> str:
-        parts = {**{f"{role} {{}}": size for role, size in self.weights.items()}, "optimizers {}": self.optimizer}
-        parts |= {
-            "data {}": self.data,
-            "gradients, activations and what else comes and goes {}": self.peak - self.standing,
-        }
-        return f"{_bytes(self.peak)}: " + ", ".join(text.format(_bytes(n)) for text, n in parts.items() if n)
+        here = {role: size for role, size in self.weights.items() if role not in self.away}
+        parts = here | {"optimizers": self.optimizer, "data": self.data}
+        parts["gradients, activations and what else comes and goes"] = self.peak - self.standing
+        return f"{_bytes(self.peak)}: " + ", ".join(f"{what} {_bytes(n)}" for what, n in parts.items() if n)
 
 
 def _bytes(n: float) -> str:
@@ -106,15 +106,11 @@ def held_by(
     found: dict[str, list[Tensor]] = {role: [] for role in nets}
     for modules in (own, {"teacher": list(nets["teacher"].modules())} if "teacher" in nets else {}, around):
         for role, several in modules.items():
-            for tensor in (
-                t
-                for m in several
-                for name, t in (m._parameters | m._buffers).items()
-                if t is not None and which(m, name)
-            ):
-                if id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    found[role].append(tensor)
+            for module in several:
+                for name, tensor in (module._parameters | module._buffers).items():
+                    if tensor is not None and id(tensor) not in seen and which(module, name):
+                        seen.add(id(tensor))
+                        found[role].append(tensor)
     return found
 
 
@@ -165,21 +161,15 @@ def rehearse(
             _make_states(optimizer)
         for index in whole_steps(trainer) if books.peak <= limit else ():
             trainer.step(index)
-        optimizer = size_of(
-            value
-            for one in trainer.optimizers.values()
-            for state in one.state.values()
-            for value in state.values()
-            if isinstance(value, Tensor)
-        )
-        gradients = max(size_of(p for name in turn.moves for p in trainer.nets[name].parameters())
-                        for turn in trainer.turns)  # fmt: skip
+        states = [v for one in trainer.optimizers.values() for state in one.state.values() for v in state.values()]
+        moved = [[p for name in turn.moves for p in trainer.nets[name].parameters()] for turn in trainer.turns]
+        optimizer, gradients = size_of(states), max(size_of(params) for params in moved)
         weights = {role: size_of(tensors) for role, tensors in held.items()}
     more = (run.accumulate - micro) * sum(v.nbytes for v in cond.values())  # each micro-batch waits with its conditions
     tables = table_bytes(
         recipe.data, {k: v[:1] for k, v in cond.items()}, opened.sample_shape, recipe.sampler.steps + 1
     )
-    return Memory(weights, optimizer, gradients, tables, books.peak + more + tables)
+    return Memory(weights, optimizer, gradients, tables, books.peak + more + tables, recipe.placement.offload)
 
 
 def table_bytes(data: Data, cond: Cond, sample: tuple[int, ...], states: int) -> int:

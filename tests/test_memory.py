@@ -135,6 +135,7 @@ def test_idle_networks_off_the_device_leave_room(dmd2: Recipe, digits: Opened, p
     """The student's turn needs the teacher, so only the average's room is won; between turns both are gone."""
     away = rehearse(replace(dmd2, placement=Placement(offload=("teacher", "ema"))), digits)
     assert planned.peak - away.peak == planned.weights["ema"]
+    assert planned.standing - away.standing == planned.weights["teacher"] + planned.weights["ema"]
 
 
 def test_recomputed_activations_are_not_kept() -> None:
