@@ -47,8 +47,7 @@ def fit(recipe: Recipe, card: float, peak_of: Peak, devices: int = 1) -> Fit | N
     Args:
         recipe: what shall run.
         card: gigabytes (1e9 bytes) of memory.
-        peak_of: of recipes with one or two samples a device in a micro-batch; a peak is taken to grow by as much with
-            each.
+        peak_of: of a recipe; asked of the two smallest micro-batches, and of larger ones that should fit by those.
         devices: that share a batch.
 
     Returns:
@@ -80,13 +79,18 @@ def _largest_batch(recipe: Recipe, limit: float, peak_of: Peak, devices: int) ->
     batch = recipe.run.batch
     if batch % devices:
         raise ValueError(f"run.batch {batch} is shared by {devices} devices: use a multiple of {devices}")
-    one = peak_of(micro_batches(recipe, devices), limit)
-    if one > limit:
-        return 0, one
-    two = replace(recipe, run=replace(recipe.run, batch=2 * devices))
-    each = (peak_of(two, limit) - one) / devices if batch > devices else 0.0
-    fitting = [b for b in range(devices, batch + 1, devices) if batch % b == 0 and one + (b - devices) * each <= limit]
-    return max(fitting), one + (max(fitting) - devices) * each
+    sizes = [b for b in range(devices, batch + 1, devices) if batch % b == 0]
+    smallest = peak_of(micro_batches(recipe, sizes[0]), limit)
+    if smallest > limit or len(sizes) == 1:
+        return (sizes[0] if smallest <= limit else 0), smallest
+    second = peak_of(micro_batches(recipe, sizes[1]), limit)
+    each = (second - smallest) / (sizes[1] - sizes[0])
+    for size in reversed(sizes[2:]):
+        if smallest + (size - sizes[0]) * each <= limit:
+            exact = peak_of(micro_batches(recipe, size), limit)
+            if exact <= limit:
+                return size, exact
+    return (sizes[1], second) if second <= limit else (sizes[0], smallest)
 
 
 def _changes(recipe: Recipe) -> list[_Change]:

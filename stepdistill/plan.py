@@ -80,7 +80,7 @@ def plan(recipe: Recipe, opened: Opened | None = None, *, memory: bool = False, 
     start: Student | None = None
     for stage in recipe.stages():
         noise = Noise(stage.data, stage.data.examples(opened, BATCH))
-        run = replace(stage.run, batch=BATCH, accumulate=1, device="cpu" if imagined else stage.run.device)
+        run = replace(stage.run, batch=BATCH, accumulate=1, device="cpu")  # a card is only planned for
         with rehearsal() if imagined else nullcontext():
             teacher = replace(opened, denoiser=copy.deepcopy(opened.denoiser)) if imagined else opened
             trainer = build(replace(stage, data=noise, run=run), opened=teacher, start=start).trainer
