@@ -195,6 +195,9 @@ class Recipe:
                 f"teacher.guidance would be lost: {type(self.objective).__name__} never asks the guided teacher; use "
                 "guidance 1, or another objective"
             )
+        self.objective.check_guidance(
+            guided=guided, varies=self.teacher.guidance_range is not None, told=self.student.told_guidance
+        )
         if self.null_rate and guided:
             raise ValueError("null_rate keeps guidance for inference, so teacher.guidance must be 1, without a range")
         if self.null_rate and "path" in self.objective.data:

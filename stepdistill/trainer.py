@@ -201,9 +201,9 @@ class Trainer:
                         group["lr"] = self.specs[name].rate(index, self.run.steps)
                 self.optimizers[name].step()
                 self.optimizers[name].zero_grad(set_to_none=True)
-            if "student" in turn.moves:
-                for name, decay in self.averages.items():
-                    update_average(self.nets[name], self.nets.student, decay)
+        if any("student" in turn.moves and turn.due(index) for turn in self.turns):
+            for name, decay in self.averages.items():
+                update_average(self.nets[name], self.nets.student, decay)
         return logs
 
     def _clip(self, params: list[torch.nn.Parameter], loss: Tensor, turn: str, index: int) -> Tensor:
