@@ -150,10 +150,10 @@ def transformers_clip(
     what = "CLIP folder (openai/clip-vit-large-patch14-336 on the Hugging Face hub)"
     path = find_weights(weights, "clip-vit-large-patch14-336", what)
     model = from_folder(CLIPModel, path).to(device)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} has no tokenizer: {str(error).splitlines()[0]}") from error
+    if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        # transformers would make a tokenizer of two words and say nothing.
+        raise ValueError(f"{path} has no tokenizer; put its tokenizer.json, or vocab.json and merges.txt, there")
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     length = model.config.text_config.max_position_embeddings
     mean, std = _statistics(path)
 

@@ -76,9 +76,14 @@ class FeatureEvaluator:
         self.metrics = self._allowed(metrics)
         self.frechet = "fid" if extractor.name.startswith("inception") else "frechet"
         """What the Frechet distance is called: FID is Inception's alone."""
+        fewest = min(self.n, self.n if reference.features is None else len(reference.features))
+        if not 1 <= k < fewest:
+            raise ValueError(f"k must be at least 1 and below {fewest}, the images of either kind; got {k}")
+        if held_out is not None and len(held_out) != self.n:
+            raise ValueError(f"held_out must number n={self.n}, got {len(held_out)}")
         if self.n <= dim and "frechet" in self.metrics:
             warnings.warn(
-                f"{self.n} images for {dim} features: the Frechet distance is mostly bias; take more than {dim} images, "
+                f"{self.n} images for {dim} features: the Frechet distance is mostly bias; take more than {dim}, "
                 "or metrics 'kid' (unbiased) and 'frechet_infinity' (extrapolated)",
                 stacklevel=2,
             )

@@ -45,7 +45,10 @@ def load_statistics(path: str | PathLike[str]) -> Moments:
     missing = [name for name in ("mu", "sigma") if name not in stored]
     if missing:
         raise ValueError(f"{path} has no {' and no '.join(missing)}; it holds {', '.join(stored) or 'nothing'}")
-    mean, cov = (torch.as_tensor(np.asarray(stored[name])) for name in ("mu", "sigma"))
+    arrays = [np.asarray(stored[name]) for name in ("mu", "sigma")]
+    if not all(np.issubdtype(array.dtype, np.floating) for array in arrays):
+        raise ValueError(f"{path}: mu and sigma must be floats, got {arrays[0].dtype} and {arrays[1].dtype}")
+    mean, cov = map(torch.as_tensor, arrays)
     return _checked(mean, cov, path)
 
 

@@ -66,20 +66,22 @@ def test_weights_are_found_named_and_hashed(state, tmp_path, monkeypatch):
 
 def test_missing_weights_say_which_and_where(tmp_path, monkeypatch):
     monkeypatch.delenv(WEIGHTS, raising=False)
-    with pytest.raises(FileNotFoundError, match=r"(?s)6726825d.*STEPDISTILL_WEIGHTS is not set.*put pt_inception") as error:
+    with pytest.raises(
+        FileNotFoundError, match=r"(?s)6726825d.*STEPDISTILL_WEIGHTS is not set.*put pt_inception"
+    ) as error:
         inception()
     assert "\n" not in str(error.value)
     monkeypatch.setenv(WEIGHTS, str(tmp_path))
     with pytest.raises(FileNotFoundError, match=f"at {tmp_path}/pt_inception-2015-12-05-6726825d.pth"):
         inception()
-    with pytest.raises(FileNotFoundError, match="at nowhere.pth"):
+    with pytest.raises(FileNotFoundError, match=r"at nowhere\.pth"):
         inception("nowhere.pth")
 
 
 def test_damaged_and_foreign_weights_are_named(state, tmp_path):
     cut = tmp_path / "cut.pth"
     cut.write_bytes(b"PK\x03\x04 and then nothing")
-    with pytest.raises(ValueError, match="cut.pth is not a whole file of weights"):
+    with pytest.raises(ValueError, match=r"cut\.pth is not a whole file of weights"):
         inception(cut)
     torch.save({**state, "Mixed_7c.branch_pool.conv.weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"Mixed_7c.branch_pool.conv.weight has shape \(2, 2\), expected \(192, 2048"):
@@ -97,6 +99,6 @@ def test_a_pickle_that_runs_code_does_not_run(tmp_path):
             return (open, (str(tmp_path / "ran"), "w"))
 
     torch.save({"x": Bomb()}, tmp_path / "bomb.pth")
-    with pytest.raises(ValueError, match="bomb.pth is not a whole file of weights"):
+    with pytest.raises(ValueError, match=r"bomb\.pth is not a whole file of weights"):
         inception(tmp_path / "bomb.pth")
     assert not (tmp_path / "ran").exists()

@@ -25,7 +25,7 @@ PEERS = ("clean-fid", "torch-fidelity", "pytorch-fid", "numpy", "scipy", "torch"
 
 
 def banks() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Pairs of feature banks (real, fake), float64: well conditioned, correlated, ReLU-like, and fewer samples than D."""
+    """Pairs of feature banks (real, fake), float64: well conditioned, correlated, ReLU-like, fewer than D."""
     rng = np.random.default_rng(20151205)
     mix = rng.standard_normal((24, 24)) * np.logspace(0, -2, 24)
 
