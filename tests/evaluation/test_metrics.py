@@ -158,6 +158,18 @@ def test_frechet_distance_of_many_features_takes_every_panel(dim):
     assert frechet_distance(loose, MeanCov.of(a)) == pytest.approx(naive_frechet_distance(a, b), rel=1e-9)
 
 
+@pytest.mark.parametrize("low", [1e-4, 1e-7, 1e-8, 1e-10, 1e-14])
+def test_frechet_distance_is_exact_where_squares_would_round(low):
+    """Half the directions have almost no variance; the truth is the sum over a common eigenbasis."""
+    q = rotation(128, 0)
+    one, other = (
+        torch.cat([torch.full((64,), v), torch.full((64,), v * w * low)]).double() for v, w in ((1, 1), (1.1, 1.2))
+    )
+    a, b = (Moments(torch.zeros(128).double(), (q * spread) @ q.T) for spread in (one, other))
+    exact = float((one.sqrt() - other.sqrt()).square().sum())
+    assert frechet_distance(a, b) == pytest.approx(exact, rel=1e-6)
+
+
 def test_frechet_distance_agrees_with_torchmetrics():
     from torchmetrics.image.fid import FrechetInceptionDistance  # slow to import
 
