@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -117,9 +118,10 @@ def main(given: Arguments) -> None:
         )
     if given.out:
         kept = json.loads(given.out.read_text())["rows"] if given.out.is_file() else []
+        versions = installed_versions() | {"torchmetrics": version("torchmetrics")}
         new = {(r["features"], r["device"], r["threads"]) for r in rows}
         rows = [r for r in kept if (r["features"], r["device"], r["threads"]) not in new] + rows
-        given.out.write_text(json.dumps({"versions": installed_versions(), "rows": rows}, indent=1) + "\n")
+        given.out.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
