@@ -37,7 +37,7 @@ class Arguments:
     draws: int = 2000
     """Intervals of each row."""
     out: Path | None = None
-    """JSON file to write."""
+    """JSON file to write; the table in metrics.md beside it is written with it."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def kid_rows(draws: int, n: int = 300) -> list[Row]:
 
 
 def accuracy_rows() -> list[Row]:
-    """Wilson's interval, summed over all outcomes and averaged over fractions near the one named."""
+    """Wilson's interval, summed over all outcomes: mean and lowest over fractions near the one named."""
     rows = []
     for n in (200, 1000, 5000):
         for p in (0.5, 0.9, 0.98):
@@ -162,7 +162,8 @@ def accuracy_rows() -> list[Row]:
             for q in near:
                 held = [k for k in range(n + 1) if (w := wilson_interval(k, n)).low <= q <= w.high]
                 shares.append(float(binom.pmf(held, n, q).sum()))
-            rows.append(Row("accuracy", "Wilson", f"n = {n}, p near {p}", p, sum(shares) / len(shares), 0.0))
+            setting = f"n = {n}, p near {p} (lowest {100 * min(shares):.1f} %)"
+            rows.append(Row("accuracy", "Wilson", setting, p, sum(shares) / len(shares), 0.0))
     return rows
 
 
@@ -182,6 +183,16 @@ def prompt_rows(draws: int) -> list[Row]:
     return rows
 
 
+def table(rows: list[Row]) -> str:
+    """The rows as Markdown; those that are not claimed come last."""
+    lines = ["| metric | interval | setting | holds the truth |", "| --- | --- | --- | ---: |"]
+    for r in sorted(rows, key=lambda r: not r.claimed):
+        name = r.metric if r.claimed else f"{r.metric}, not to be used"
+        shown = f"{100 * r.coverage:.1f}" if not r.error else f"{100 * r.coverage:.0f} ± {math.ceil(196 * r.error)}"
+        lines.append(f"| {name} | {r.interval} | {r.setting} | {shown} % |")
+    return "\n".join(lines) + "\n"
+
+
 def main(given: Arguments) -> None:
     """Simulate, print and write."""
     torch.set_num_threads(1)
@@ -192,6 +203,9 @@ def main(given: Arguments) -> None:
     if given.out:
         stored = {"versions": installed_versions(), "draws": given.draws, "rows": [asdict(r) for r in rows]}
         given.out.write_text(json.dumps(stored, indent=1) + "\n")
+        page = given.out.with_name("metrics.md")
+        head, _, rest = page.read_text().partition("<!-- coverage:begin -->\n")
+        page.write_text(f"{head}<!-- coverage:begin -->\n{table(rows)}{rest[rest.index('<!-- coverage:end -->') :]}")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,8 @@ def t_interval(values: Sequence[float] | Tensor, level: float = 0.95) -> Interva
     """Student-t interval ``mean ± t(m - 1) s / sqrt(m)`` of m independent values, such as those of m seeds.
 
     With two seeds t is 12.7, with three 4.3, with five 2.8: the interval of few seeds is wide because so little is
-    known of the spread, and narrower ones (the standard error, ``1.96 s``) would miss far more often than they say.
+    known of the spread, and narrower ones (the standard error, ``1.96 s``) would miss far more often than they say. Two
+    seeds that agree by chance, as fractions of few images may, give no width at all: take three.
 
     Raises:
         ValueError: if there are fewer than two values or one is not finite.

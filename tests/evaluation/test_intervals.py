@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+from eval import intervals as simulation
 from stepdistill.evaluation.intervals import (
     Interval,
     bootstrap_mean,
@@ -18,6 +21,7 @@ from stepdistill.evaluation.intervals import (
     t_interval,
     wilson_interval,
 )
+from stepdistill.evaluation.mmd import kid
 from stepdistill.evaluation.records import format_value
 
 
@@ -81,8 +85,9 @@ def test_paired_bootstrap_finds_a_planted_shift():
     assert paired_bootstrap(b, b).win_rate == 0.5
 
 
-def test_stated_intervals_cover_the_truth():
+def test_stated_intervals_cover_the_truth(monkeypatch):
     """Seeds, bootstrap and Wilson, 95 % each: 800 draws miss by less than three standard errors of a share, 2.3 %."""
+    monkeypatch.setattr("stepdistill.evaluation.intervals.RESAMPLES", 1000)
     rng = torch.Generator().manual_seed(0)
     hits = {"t3": 0, "z3": 0, "bootstrap": 0, "wilson": 0}
     for i in range(800):
@@ -100,6 +105,35 @@ def test_stated_intervals_cover_the_truth():
     share = {name: count / 800 for name, count in hits.items()}
     assert all(0.927 < share[name] < 0.973 for name in ("t3", "bootstrap", "wilson")), share
     assert share["z3"] < 0.85  # why the quantile of few seeds matters
+
+
+def test_intervals_of_frechet_distance_recall_and_kid_cover_the_truth():
+    """The simulation itself, shortened: 200 draws miss by less than three standard errors, 4.6 %."""
+    rows = [*simulation.frechet_rows(200, n=50), *simulation.recall_rows(200, n=100), *simulation.kid_rows(200, n=100)]
+    claimed = [row for row in rows if row.claimed]
+    assert {row.metric for row in claimed} == {"FD", "recall", "KID"}
+    assert all(0.904 < row.coverage < 0.996 for row in claimed), claimed
+    assert all(row.coverage < 0.9 for row in rows if not row.claimed)
+
+
+def test_kids_closed_form_is_its_mean():
+    rng = torch.Generator().manual_seed(0)
+    found = [kid(simulation.features(400, rng, 1.0, 0.0), simulation.features(400, rng)) for _ in range(60)]
+    truth = simulation.kid_truth(simulation.SCALE, simulation.SHIFT)
+    assert abs(np.mean(found) - truth) < 3 * stats.sem(found) < truth / 5
+    assert simulation.kid_truth(1.0, 0.0) == 0
+
+
+def test_published_coverage_is_that_of_the_record():
+    """93 to 97 % of everything that is claimed, and the table shows the record."""
+    folder = Path(simulation.__file__).parent
+    rows = [simulation.Row(**row) for row in json.loads((folder / "intervals.json").read_text())["rows"]]
+    assert all(0.93 <= row.coverage <= 0.97 for row in rows if row.claimed)
+    assert {"FD", "KID", "recall", "accuracy"} <= {row.metric for row in rows if row.claimed}
+    text = (folder / "metrics.md").read_text()
+    assert (
+        simulation.table(rows) == text.partition("<!-- coverage:begin -->\n")[2].partition("<!-- coverage:end -->")[0]
+    )
 
 
 @pytest.mark.parametrize(
