@@ -1,6 +1,8 @@
 """Evaluation: uint8 images -> features -> scores -> records -> tables, plots and a page.
 
-``digits`` (scikit-learn's data) and ``report`` and ``plots`` (matplotlib) are imported by name where they are needed.
+Imported by name where they are needed: ``evaluator`` (any teacher), ``reference``, ``extractors`` and ``clip`` (local
+weights), ``infinity``, ``diversity``, ``comparison``, ``intervals``, ``distributed``, ``statistics_files``; ``digits``
+(scikit-learn's data), ``report`` and ``plots`` (matplotlib). eval/metrics.md says what each metric is.
 """
 
 from stepdistill.evaluation.features import DigitFeatures, Extractor, Pixels, to_uint8

@@ -1,4 +1,4 @@
-"""Published feature extractors from local weights: Inception, DINOv2, and the image side of CLIP (see ``clip``).
+"""Feature extractors from local weights: Inception, DINOv2, the bundled shapes classifier; ``clip`` has CLIP's.
 
 Each is an ``ImageFeatures``: resize, scale, network. Its name carries all three, its hash identifies the weights, and
 numbers from two names never share a column. Missing weights are one clear line; nothing is downloaded.
@@ -18,6 +18,8 @@ from stepdistill.evaluation import inception as inception_v3
 from stepdistill.evaluation.features import check_images
 from stepdistill.evaluation.resize import RESIZES, Resize, resize
 from stepdistill.evaluation.weights import find_weights, load_state, sha256_of
+from stepdistill.paths import project_dir
+from stepdistill.shapes import SIZE
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 DINOV2_FOLDER = "dinov2-large"
@@ -159,6 +161,30 @@ def dinov2(
         mean=[255 * v for v in mean],
         std=[255 * v for v in std],
         device=_placed(network, device),
+        batch_size=batch_size,
+    )
+
+
+def shapes_classifier(device: torch.device | str = "cpu", batch_size: int = 500) -> ImageFeatures:
+    """The bundled classifier of captioned shapes, (B, 128) of images of 32x32 pixels.
+
+    Raises:
+        FileNotFoundError: if stepdistill is installed without its repository.
+    """
+    from stepdistill.evaluation.shapes import FEATURES, load_shapes_classifier
+
+    path = project_dir("assets") / "shapes-judges" / "classifier.safetensors"
+    network = load_shapes_classifier(path).to(device)
+    return ImageFeatures(
+        network.features,
+        name="shapes-classifier",
+        sha256=sha256_of(path),
+        dim=FEATURES,
+        how="none",
+        size=SIZE,
+        mean=[127.5],
+        std=[127.5],
+        device=device,
         batch_size=batch_size,
     )
 

@@ -10,12 +10,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from stepdistill.evaluation.alignment import ShapesEvaluator
 from stepdistill.evaluation.benchmark import bench_teacher
 from stepdistill.evaluation.clip import open_clip_model
 from stepdistill.evaluation.evaluator import METRICS, FeatureEvaluator
+from stepdistill.evaluation.extractors import shapes_classifier
 from stepdistill.evaluation.features import to_uint8
 from stepdistill.evaluation.infinity import frechet_infinity
-from stepdistill.evaluation.metrics import MeanCov, density_coverage, frechet_distance, precision_recall
+from stepdistill.evaluation.metrics import (
+    MeanCov,
+    density_coverage,
+    frechet_distance,
+    percent_of_variance,
+    precision_recall,
+)
 from stepdistill.evaluation.mmd import cmmd, kid
 from stepdistill.evaluation.records import SECONDS, markdown_table
 from stepdistill.evaluation.reference import Reference, read_images
@@ -142,6 +150,19 @@ def test_statistics_file_gives_frechet_distances_alone(reference, tmp_path):
     assert got["frechet"] == pytest.approx(FeatureEvaluator(Mean4(), reference, n=100).scores(images)["frechet"])
     with pytest.raises(ValueError, match="'recall' cannot be had: a statistics file holds no features"):
         FeatureEvaluator(Mean4(), stored, n=100, metrics=["recall"])
+
+
+def test_bundled_classifier_gives_the_bundled_benchmarks_distance():
+    """``fd`` of the shapes benchmark is this distance over the real variance."""
+    images, real = scenes(150, 3), draw(200, 4).images
+    judge = ShapesEvaluator(n=10)
+    extractor = shapes_classifier()
+    assert extractor.sha256 == judge.extractor_sha256["classifier"]
+    got = FeatureEvaluator(extractor, Reference.of_images(real, extractor), n=150, metrics=["frechet"]).scores(images)
+    moments = [MeanCov.of(judge._seen(x)["classifier"]) for x in (real, images)]
+    assert 100 * got["frechet"] / float(moments[0].cov.trace()) == pytest.approx(
+        percent_of_variance(*moments), rel=1e-6
+    )
 
 
 def test_inceptions_distance_is_called_fid(reference):

@@ -33,7 +33,7 @@ def test_pil_is_torchvisions_resize_of_a_picture():
     torch.testing.assert_close(resize(x, 24, "pil")[1], expected.float(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("shape", [(20, 33), (41, 20), (24, 24), (37, 53)])
+@pytest.mark.parametrize("shape", [(20, 33), (41, 20), (24, 24), (37, 53), (20, 24)])
 def test_clip_is_open_clips_own_transform(shape):
     from open_clip.transform import image_transform
 
