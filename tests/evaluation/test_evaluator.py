@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stepdistill.evaluation.alignment import ShapesEvaluator
 from stepdistill.evaluation.benchmark import bench_teacher
 from stepdistill.evaluation.clip import open_clip_model
 from stepdistill.evaluation.evaluator import METRICS, FeatureEvaluator
@@ -21,12 +20,12 @@ from stepdistill.evaluation.metrics import (
     MeanCov,
     density_coverage,
     frechet_distance,
-    percent_of_variance,
     precision_recall,
 )
 from stepdistill.evaluation.mmd import cmmd, kid
 from stepdistill.evaluation.records import SECONDS, markdown_table
 from stepdistill.evaluation.reference import Reference, read_images
+from stepdistill.evaluation.shapes import load_judges
 from stepdistill.evaluation.statistics_files import save_statistics
 from stepdistill.models.denoiser import Guided
 from stepdistill.models.families import open_pipeline
@@ -152,17 +151,14 @@ def test_statistics_file_gives_frechet_distances_alone(reference, tmp_path):
         FeatureEvaluator(Mean4(), stored, n=100, metrics=["recall"])
 
 
-def test_bundled_classifier_gives_the_bundled_benchmarks_distance():
-    """``fd`` of the shapes benchmark is this distance over the real variance."""
-    images, real = scenes(150, 3), draw(200, 4).images
-    judge = ShapesEvaluator(n=10)
-    extractor = shapes_classifier()
-    assert extractor.sha256 == judge.extractor_sha256["classifier"]
-    got = FeatureEvaluator(extractor, Reference.of_images(real, extractor), n=150, metrics=["frechet"]).scores(images)
-    moments = [MeanCov.of(judge._seen(x)["classifier"]) for x in (real, images)]
-    assert 100 * got["frechet"] / float(moments[0].cov.trace()) == pytest.approx(
-        percent_of_variance(*moments), rel=1e-6
-    )
+def test_bundled_classifier_is_the_judge_of_the_bundled_benchmark():
+    """Features as ``ShapesEvaluator`` takes them, from levels scaled to [-1, 1], under the same hash."""
+    extractor, images = shapes_classifier(), scenes(20, 3)
+    expected = load_judges().classifier.features(images.float() / 127.5 - 1)
+    torch.testing.assert_close(extractor(images), expected, rtol=1e-4, atol=1e-5)
+    file = project_dir("assets") / "shapes-judges" / "classifier.safetensors"
+    assert extractor.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert extractor.dim == expected.shape[1] and extractor.name == "shapes-classifier/none32"
 
 
 def test_inceptions_distance_is_called_fid(reference):

@@ -109,7 +109,7 @@ def test_stated_intervals_cover_the_truth(monkeypatch):
 
 def test_intervals_of_frechet_distance_recall_and_kid_cover_the_truth():
     """The simulation itself, shortened: 200 draws miss by less than three standard errors, 4.6 %."""
-    rows = [*simulation.frechet_rows(200, n=50), *simulation.recall_rows(200, n=100), *simulation.kid_rows(200, n=100)]
+    rows = [*simulation.frechet_rows(200, n=50), *simulation.recall_rows(200, n=60), *simulation.kid_rows(200, n=100)]
     claimed = [row for row in rows if row.claimed]
     assert {row.metric for row in claimed} == {"FD", "recall", "KID"}
     assert all(0.904 < row.coverage < 0.996 for row in claimed), claimed

@@ -140,7 +140,10 @@ def test_with_one_interval_the_target_network_has_no_say(gaussian: GaussianTeach
     [
         (lambda: LCM(intervals=0), "intervals must be at least 1"),
         (lambda: LCM(target_decay=1.0), r"target_decay must lie in \[0, 1\)"),
-        (lambda: LCM(intervals=50).check(Sampler(trailing(4), Renoise())), "times 0.75 is no point of the grid of 50 intervals"),
+        (
+            lambda: LCM(intervals=50).check(Sampler(trailing(4), Renoise())),
+            "times 0.75 is no point of the grid of 50 intervals",
+        ),
         (lambda: LCM(intervals=8).check(Sampler(trailing(4), Ddim())), r"jumps to the data only; use Renoise\(\)"),
         (lambda: LCM(intervals=8).check(Sampler(trailing(4), Tcd(0.3))), r"use Renoise\(\)"),
     ],
