@@ -123,7 +123,7 @@ def _in_touch() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # of gloo and NCCL alike
-        reason = str(error).splitlines()[0].split('. ')[0]
+        reason = str(error).splitlines()[0].split(". ")[0]
         raise ConnectionError(
             f"process {rank()} of {world()} lost the others ({reason}); the last checkpoint is intact, and the same "
             "command goes on from it"

@@ -251,7 +251,7 @@ class Trainer:
         loss, norm = terms["loss"], distributed.clip_gradients(params, self.run.clip or math.inf, scale)
         finite = bool((norm + loss).isfinite())
         if self.scales:
-            terms["loss_scale"] = norm.new_tensor(scale)
+            terms["loss_scale"] = loss.new_tensor(scale, dtype=torch.float64)
             overflown = not finite and bool(loss.isfinite())
             if overflown and self.scales[turn].shrink():
                 for p in params:
