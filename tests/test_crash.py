@@ -19,6 +19,7 @@ import pytest
 from safetensors import safe_open
 
 from stepdistill import cli, distributed
+from tests.processes import started
 
 RECIPE = '''"""A small run."""
 from stepdistill.data import DigitsData
