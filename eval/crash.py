@@ -36,6 +36,9 @@ from stepdistill.recipe import Recipe, Teacher
 from stepdistill.sampling import Sampler, trailing
 from stepdistill.trainer import AdamW, Run
 
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload(["stepdistill.distill", "torch.optim"])
+
 RUNS = Path(__file__).resolve().parents[1] / "runs" / "eval" / "crash"
 
 RECIPE = Recipe(
@@ -73,12 +76,10 @@ def train(out: Path, rank: int, world: int, port: int) -> None:
 
 def start(out: Path, world: int) -> list[multiprocessing.process.BaseProcess]:
     """All processes of a run."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stepdistill.distill", "torch.optim"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [context.Process(target=train, args=(out, rank, world, port)) for rank in range(world)]
+    processes = [forks.Process(target=train, args=(out, rank, world, port)) for rank in range(world)]
     for process in processes:
         process.start()
     return processes
@@ -165,6 +166,9 @@ def reference_of(world: int, folder: Path) -> dict:
     with (folder.parent / f"{folder.name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not stored.is_file():
+            warm = forks.Process(target=int)
+            warm.start()  # whoever is forked from has imported everything then
+            warm.join()
             begun = time.monotonic()
             shutil.rmtree(folder / "reference", ignore_errors=True)
             processes = start(folder / "reference", world)
@@ -192,7 +196,10 @@ def main(given: Arguments) -> dict[str, object]:
                 if mine and not result.is_file():
                     found = trial(number, world, folder, reference)
                     result.write_text(json.dumps(found))
-                    print(f"{world} process(es), trial {number}: {len(found['kills'])} kills, equal: {found['equal']}")
+                    print(
+                        f"{world} process(es), trial {number}: {len(found['kills'])} kills, equal: {found['equal']}",
+                        flush=True,
+                    )
     record = {"recipe": "digits, DMD2 with a GAN, 30 steps, a checkpoint every 2", "versions": installed_versions()}
     for world in given.processes:
         done = [json.loads(p.read_text()) for p in sorted((base / f"{world}-processes").glob("[0-9]*.json"))]

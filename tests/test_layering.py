@@ -31,6 +31,7 @@ LAYERS = (
     "logging",
     "shapes",
     "data",
+    "run",
     "trainer",
     "profiling",
     "recipe",

@@ -119,7 +119,7 @@ def test_activations_that_are_computed_again_give_the_same_gradients(recipe: Rec
 @pytest.mark.parametrize(
     ("recipe", "placement", "message"),
     [
-        (GAME, Placement(offload=("techer",)), "placement.offload: 'techer' is none of the denoising networks"),
+        (GAME, Placement(offload=("tutor",)), "placement.offload: 'tutor' is none of the denoising networks"),
         (GAME, Placement(checkpointing=("disc",)), "placement.checkpointing: 'disc' is none of the denoising networks"),
         (SHARED, Placement(offload=("teacher",)), "placement.offload 'teacher': others adapt its network"),
     ],
