@@ -8,7 +8,7 @@ OUT    ?= runs/quickstart
 .PHONY: demo test lint clean
 
 demo: $(READY)
-	$(BIN)/stepdistill quickstart --out $(OUT) --resume
+	$(BIN)/stepdistill quickstart --out $(OUT)
 
 test: $(READY) lint
 	$(BIN)/python -m pytest

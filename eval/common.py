@@ -113,7 +113,7 @@ def run_one(name: str, seed: int, how: Measured) -> list[Record]:
         return load_records(stored)
     recipe = recipe_of(name, seed)
     anew, start = not out.exists(), time.monotonic()
-    done = distill(recipe, out, resume=out.exists())
+    done = distill(recipe, out)
     seconds = time.monotonic() - start
     evaluator = evaluator_for(done.opened, how.n)
     students = {name: (recipe, done.student)}

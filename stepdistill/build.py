@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from stepdistill import distributed
+from stepdistill.checkpoint import Checkpoints
 from stepdistill.data import Setting
 from stepdistill.data.base import companions
 from stepdistill.lora_files import fuse_lora_file
@@ -16,12 +18,13 @@ from stepdistill.models.denoiser import Denoiser, Guided, with_null
 from stepdistill.models.discriminator import Discriminator, Vision
 from stepdistill.models.families import Opened, load_pipeline, open_pipeline
 from stepdistill.models.lora import Adapted, merged_state
-from stepdistill.models.nets import Nets, freeze
+from stepdistill.models.nets import Nets, add_averages, freeze
 from stepdistill.models.surgery import bare_copy, told_guidance, unadapted, with_layers
 from stepdistill.models.taps import Tap
 from stepdistill.models.two_time import TwoTime, fold
 from stepdistill.objective import Batch, Step
 from stepdistill.paths import project_dir
+from stepdistill.placement import place, recompute, visiting
 from stepdistill.recipe import Heads, Recipe, Teacher, Weights
 from stepdistill.sampling import Sampler
 from stepdistill.student import Student
@@ -238,7 +241,8 @@ def build(
 
     Args:
         recipe: what to build; its warm start is not run here.
-        opened: the teacher, where it is open already (a live pipeline); None opens the recipe's.
+        opened: the teacher, where it is open already (a live pipeline), on the CPU if networks are to be sharded or
+            offloaded; None opens the recipe's.
         start: the student of a warm start; None starts from the teacher.
         out: run directory of the trainer.
         cache: folder for data that is costly to make.
@@ -251,8 +255,7 @@ def build(
     torch.manual_seed(run.seed)  # for initial weights of heads and extras; everything later draws from Step
     nets = Nets()
     nets["teacher"] = guided(opened, recipe.teacher)
-    serves = recipe.objective.serves(recipe.sampler)
-    nets["student"] = new_student(opened, recipe.sampler, recipe.student, serves, two_time=recipe.objective.two_time)
+    nets["student"] = new_student_of(recipe, opened)
     if start is not None:
         start_from(nets.student, start, opened)
     if "critic" in optim or "critic" in recipe.objective.needs:
@@ -262,15 +265,40 @@ def build(
         nets["disc"] = new_discriminator(opened, recipe.heads, nets)
     for name, module in recipe.objective.extras(nets.student).items():
         nets[name] = module
-    nets.to(run.device)
-    if "disc" in nets:
-        nets["disc"].backbone.to(run.device)  # no part of it
+    add_averages(nets, ("ema", *recipe.objective.averages()))
+    recompute(nets, recipe.placement.checkpointing)
 
-    setting = Setting(opened, nets.teacher, recipe.sampler, run.batch, run.seed, run.device, cache)
+    setting = Setting(opened, nets.teacher, recipe.sampler, distributed.share(run.batch), run.seed, run.device, cache)
+    with visiting(opened.denoiser, run.device), distributed.main_first():  # some sources ask the teacher
+        data = with_guidance(recipe.data.open(setting), recipe, opened)
+    placed = place(nets, recipe.placement, run.device)
     optimizers = {name: spec.build(nets[name].parameters()) for name, spec in optim.items()}
-    data = with_guidance(recipe.data.open(setting), recipe, opened)
-    trainer = Trainer(nets, recipe.objective, optimizers, data, run, specs=optim, out=out)
+    trainer = Trainer(nets, recipe.objective, optimizers, data, run, specs=optim, placed=placed, out=out)
     return Built(opened, trainer)
+
+
+def new_student_of(recipe: Recipe, opened: Opened) -> Student:
+    """The student of a recipe, before it has learned anything."""
+    serves = recipe.objective.serves(recipe.sampler)
+    return new_student(opened, recipe.sampler, recipe.student, serves, two_time=recipe.objective.two_time)
+
+
+def trained(recipe: Recipe, opened: Opened, folder: Path) -> Nets:
+    """What training in ``folder`` has left, out of its newest checkpoint: ``ema``, and the method's extras; whole.
+
+    Args:
+        recipe: what was trained there.
+        opened: its teacher.
+        folder: the run directory.
+
+    Raises:
+        ValueError: if there is no checkpoint.
+    """
+    student = new_student_of(recipe, opened)
+    nets = Nets({"ema": student, **recipe.objective.extras(student)})
+    kept = Checkpoints(folder / "checkpoints", recipe.run.keep_last).state()
+    nets.load_state_dict({k: v for k, v in kept.items() if k.partition(".")[0] in nets})
+    return nets.requires_grad_(False)
 
 
 def with_guidance(source: Source, recipe: Recipe, opened: Opened) -> Source:

@@ -21,6 +21,7 @@ from diffusers.utils.logging import disable_progress_bar
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from stepdistill import distributed
 from stepdistill.build import guided, open_teacher
 from stepdistill.data.prompts import read_prompts
 from stepdistill.distill import distill, evaluate_and_report, told
@@ -63,20 +64,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if args[0] not in COMMANDS:
             raise ValueError(f"no command {args[0]!r}{suggest(args[0], COMMANDS)}")
+        if distributed.launched() > 1 and args[0] != "distill":
+            raise ValueError(f"{args[0]} runs in one process; a launcher is for distill")
+        distributed.join()  # first of all, so that one of them says what is wrong
         COMMANDS[args[0]](args[1:])
     except KeyboardInterrupt:
-        goes_on = "; the same command with --resume goes on" if args[0] in ("quickstart", "distill") else ""
-        print(f"stepdistill: interrupted{goes_on}", file=sys.stderr)
+        goes_on = "; the same command goes on" if args[0] in ("quickstart", "distill") else ""
+        if distributed.is_main():
+            print(f"stepdistill: interrupted{goes_on}", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except Exception as error:
+        if not distributed.first_to_fail():
+            sys.exit(2)  # the one that was has said why
         if debug:
             traceback.print_exc()
+        if not isinstance(error, ValueError | OSError | FloatingPointError):
+            raise
         print(f"stepdistill: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 
 def _parse(kind: type, args: list[str], command: str, **options: Any) -> Any:
-    return tyro.cli(kind, args=args, prog=f"stepdistill {command}", **options)
+    return tyro.cli(kind, args=args, prog=f"stepdistill {command}", console_outputs=distributed.is_main(), **options)
 
 
 @dataclass(frozen=True)
@@ -85,8 +94,8 @@ class Quickstart:
 
     out: Path = Path("runs/quickstart")
     """Run directory of the one-step student; the four-step student's is four_step/ inside."""
-    resume: bool = False
-    """Go on with an interrupted quickstart."""
+    resume: bool = True
+    """Go on with the quickstart that is there, if there is one; without, refuse to."""
     seed: int = 0
     """Of training."""
 
@@ -103,8 +112,8 @@ class Distill:
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     out: Path
     """Run directory, new or empty."""
-    resume: bool = False
-    """Go on with an interrupted run."""
+    resume: bool = True
+    """Go on with the run of the same recipe that is there, if there is one; without, refuse to."""
     print: bool = False
     """Print the resolved recipe and stop."""
 
@@ -113,7 +122,7 @@ def _distill(args: list[str]) -> None:
     if args and args[0].startswith("-") and args[0] not in ("-h", "--help"):
         raise ValueError(f"distill {args[0]}: the recipe comes first; `stepdistill distill --help` lists them")
     if not args or args[0].startswith("-"):
-        print("usage: stepdistill distill RECIPE [--out DIR] [--resume] [--print] [--field.sub VALUE ...]\n\nrecipes:")
+        print("usage: stepdistill distill RECIPE [--out DIR] [--print] [--field.sub VALUE ...]\n\nrecipes:")
         lines: dict[str, list[str]] = {}
         for name, function in bundled().items():
             lines.setdefault((inspect.getdoc(function) or "-").splitlines()[0], []).append(name)
@@ -130,6 +139,10 @@ def _distill(args: list[str]) -> None:
         return
     start = time.monotonic()
     done = distill(recipe, given.out, resume=given.resume)
+    main = distributed.is_main()
+    distributed.leave()
+    if not main:
+        return
     if recipe.evaluation is not None:
         title = f"{name}: {type(recipe.objective).__name__}"
         print(brief_table(evaluate_and_report([("student", recipe, done)], given.out, title=title)))

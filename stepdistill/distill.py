@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from stepdistill.build import Built, build, guided, new_discriminator, open_teacher
+from stepdistill import distributed
+from stepdistill.build import Built, build, guided, new_discriminator, open_teacher, trained
 from stepdistill.checkpoint import write_atomically
 from stepdistill.data import Data, Labels, lent
 from stepdistill.evaluation.benchmark import bench_student, bench_teacher, check_judged, evaluator_for, pictures
 from stepdistill.evaluation.records import Record, metric_info, save_records
 from stepdistill.evaluation.report import Grid, save_grid, write_report
 from stepdistill.export import add_figures, check_exportable, load_lines, load_student, save_pipeline
+from stepdistill.logging import check_trackers
 from stepdistill.lora_files import save_lora
 from stepdistill.models.denoiser import Cond, Guided
 from stepdistill.models.families import Opened
 from stepdistill.models.lora import Adapted, network_of
 from stepdistill.models.nets import Nets
 from stepdistill.models.two_time import TwoTime
-from stepdistill.recipe import Recipe, Teacher
+from stepdistill.placement import sharded
+from stepdistill.recipe import Recipe, Teacher, encode
 from stepdistill.sampling import Ddim, Sampler, trailing
 from stepdistill.student import Student
 
@@ -46,54 +51,65 @@ class Distilled:
     """Folder that stock diffusers loads."""
 
 
-def distill(recipe: Recipe, out: Path, *, resume: bool = False) -> Distilled:
-    """Run a recipe, its warm starts first, into ``out``.
+def distill(recipe: Recipe, out: Path, *, resume: bool = True) -> Distilled:
+    """Run a recipe, its warm starts first, into ``out``; or go on with it there.
 
     ``out`` gets recipe.json, metrics.jsonl, checkpoints/, samples/ and pipeline/, and a pipeline-Kstep/ for each
     further number of steps that its student serves; warm starts get the same under ``out/stages/``, oldest first. A
-    finished stage is not run again when a run is resumed.
+    finished stage is not run again.
+
+    Under a launcher (accelerate, torchrun) every process calls this alike, and ``out`` lies where all can read it.
 
     Args:
         recipe: what to do.
-        out: the run directory, new or empty unless ``resume``.
-        resume: go on with what ``out`` holds.
+        out: the run directory, new or empty, or that of the same recipe.
+        resume: whether a run of the same recipe that is there is gone on with; otherwise it is refused.
 
     Returns:
         The student and where its pipeline is.
 
     Raises:
-        ValueError: if ``out`` is in use and ``resume`` is off, or ``resume`` is on and the recipe is another one.
+        ValueError: if ``out`` is in use for something else.
         KeyboardInterrupt: after ^C, with a checkpoint written.
     """
-    claim(out, recipe, resume)
+    distributed.join()
+    distributed.take_card(recipe.run.device)
+    distributed.on_main(lambda: claim(out, recipe, resume))
     stages = recipe.stages()
     opened = open_teacher(recipe.teacher)
     for stage in stages:
         check(stage, opened)
     names = [f"{i}-{type(stage.objective).__name__.lower()}" for i, stage in enumerate(stages, 1)]
     folders = [*(out / "stages" / name for name in names[:-1]), out]
-    finished = len(list(takewhile(lambda folder: (folder / "pipeline").is_dir(), folders)))
-    student = _student_of(stages, folders, finished, opened, out / "cache") if finished else None
+    finished = distributed.on_main(lambda: sum(1 for _ in takewhile(lambda f: (f / "pipeline").is_dir(), folders)))
+    student = _student_of(stages, folders, finished, opened) if finished else None
     for stage, folder in list(zip(stages, folders, strict=True))[finished:]:
         if stage.run.threads:
             torch.set_num_threads(stage.run.threads)
         built = build(stage, opened=opened, start=student, out=folder, cache=out / "cache")
-        write_recipe(out, recipe)  # not before: what cannot be built leaves nothing behind
-        write_recipe(folder, stage)
-        student = _train(built, stage, folder)
+        distributed.on_main(lambda: write_recipe(out, recipe))  # not before: what cannot be built leaves nothing behind
+        distributed.on_main(lambda folder=folder, stage=stage: write_recipe(folder, stage))
+        if not (folder / "recipe.json").is_file():
+            raise ValueError(f"--out {out}: not the same folder for all processes; name one that they share")
+        nets = _train(built, stage, folder)
+        if sharded(stage.placement) or stage.placement.offload:  # its network is in pieces, or elsewhere
+            opened = open_teacher(recipe.teacher)
+            nets = trained(stage, opened, folder)
+        student = nets.ema
+        if distributed.is_main():
+            export(nets, opened, stage, folder)
+        distributed.wait()
     opened.denoiser.to(recipe.run.device)
     return Distilled(student.to(recipe.run.device), opened, out / "pipeline")
 
 
-def _student_of(stages: list[Recipe], folders: list[Path], finished: int, opened: Opened, cache: Path) -> Student:
+def _student_of(stages: list[Recipe], folders: list[Path], finished: int, opened: Opened) -> Student:
     """The averaged student of the last finished stage, as the next one starts from it."""
     stage, folder = stages[finished - 1], folders[finished - 1]
     # what is exported has no adapters any more, and no second time
     if (stage.student.form == "full" and not stage.objective.two_time) or finished == len(stages):
         return load_student(folder / "pipeline", opened=opened)
-    trainer = build(stage, opened=opened, out=folder, cache=cache).trainer
-    trainer.resume()
-    return trainer.nets.ema
+    return trained(stage, opened, folder).ema
 
 
 def check(recipe: Recipe, opened: Opened) -> None:
@@ -111,6 +127,9 @@ def check(recipe: Recipe, opened: Opened) -> None:
     except (RuntimeError, AssertionError) as error:  # torch raises either, by device
         reason = str(error).splitlines()[0]
         raise ValueError(f"run.device {recipe.run.device!r}: cannot be used on this machine ({reason})") from error
+    distributed.share(recipe.run.batch)
+    distributed.refuse_other_precision(recipe.run.dtype)
+    check_trackers(recipe.run.trackers)
     teacher = guided(opened, recipe.teacher)
     recipe.data.examples(opened, 1)
     if "disc" in recipe.players:
@@ -124,7 +143,7 @@ def check(recipe: Recipe, opened: Opened) -> None:
         check_exportable(Student(sampler, d.net, d.schedule, d.kind, d.call), opened)
 
 
-def claim(out: Path, recipe: Recipe, resume: bool) -> None:
+def claim(out: Path, recipe: Recipe, resume: bool = True) -> None:
     """Make sure that writing to ``out`` loses nothing.
 
     Raises:
@@ -133,25 +152,45 @@ def claim(out: Path, recipe: Recipe, resume: bool) -> None:
     above = next((folder for folder in out.absolute().parents if folder.exists()), Path("/"))
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"--out {out}: {above} is no folder that can be written to")
-    if not out.exists() or (out.is_dir() and all(path.name == "cache" for path in out.iterdir())):
-        return  # a cache alone is left by a run that was stopped while its data were made
-    if not out.is_dir():
+    if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; name a folder")
-    if not resume:
-        raise ValueError(f"--out {out}: a run is there already; add --resume to go on with it, or name another folder")
     stored = out / "recipe.json"
+    if not out.exists() or all(path.name in ("cache", f".{stored.name}.part") for path in out.iterdir()):
+        return  # that much is left by a run that was stopped while its data were made
     if not stored.is_file():
-        raise ValueError(f"--resume {out}: no recipe.json there, so there is nothing to go on with")
-    if stored.read_text() != recipe.to_json():
+        raise ValueError(f"--out {out}: there are other files already, and no recipe.json; name another folder")
+    there = Recipe.load(stored)
+    changed = differences(_trained_as(there), _trained_as(recipe))
+    if changed:
         raise ValueError(
-            f"--resume {out}: its recipe.json is another recipe ({_first_difference(stored.read_text(), recipe)}); "
-            f"resume with: stepdistill distill {stored} --out {out} --resume"
+            f"--out {out}: a run of another recipe is there already ({'; '.join(changed[:5])}"
+            f"{f'; and {len(changed) - 5} more' if len(changed) > 5 else ''}); name another folder, or go on with that "
+            f"one: stepdistill distill {stored} --out {out}"
         )
+    if not resume:
+        raise ValueError(f"--out {out}: a run is there already; leave out --no-resume to go on, or name another folder")
 
 
-def _first_difference(stored: str, recipe: Recipe) -> str:
-    pairs = zip(stored.splitlines(), recipe.to_json().splitlines(), strict=False)
-    return next((f"{a.strip()} there, {b.strip()} here" for a, b in pairs if a != b), "one is longer")
+def _trained_as(recipe: Recipe) -> dict[str, Any]:
+    """What decides the outcome of a recipe: all but where it is worked out."""
+    fields = encode(recipe)
+    stage = fields
+    while stage is not None:
+        del stage["placement"]
+        stage = stage["warm_start"]
+    return fields
+
+
+def differences(there: Any, here: Any, field: str = "") -> list[str]:
+    """Where two encoded recipes differ: ``run.batch is 2 there and 3 here``."""
+    if isinstance(there, dict) and isinstance(here, dict) and there.get("type") == here.get("type"):
+        names = [*there, *(name for name in here if name not in there)]
+        within = [differences(there.get(n), here.get(n), f"{field}.{n}" if field else n) for n in names]
+        return [line for lines in within for line in lines]
+    if there == here:
+        return []
+    old, new = (v.get("type", "given") if isinstance(v, dict) else json.dumps(v) for v in (there, here))
+    return [f"{field} is {old} there and {new} here"]
 
 
 def write_recipe(folder: Path, recipe: Recipe) -> None:
@@ -159,25 +198,28 @@ def write_recipe(folder: Path, recipe: Recipe) -> None:
     write_atomically(folder / "recipe.json", lambda p: p.write_text(recipe.to_json()))
 
 
-def _train(built: Built, recipe: Recipe, folder: Path) -> Student:
-    """Train one stage in ``folder``, from its newest checkpoint if there is one, and export its average."""
+def _train(built: Built, recipe: Recipe, folder: Path) -> Nets:
+    """Train one stage in ``folder``, from its newest checkpoint if there is one."""
     trainer, opened = built.trainer, built.opened
     shown = to_show(opened, recipe.data, recipe.teacher)
     trainer.preview = lambda net, index: preview(net, opened, folder / "samples" / f"{index:06d}.png", shown)
     trainer.resume()
     trainer.fit()
-    student, method = trainer.nets.ema, type(recipe.objective).__name__
+    return trainer.nets
+
+
+def export(nets: Nets, opened: Opened, recipe: Recipe, folder: Path) -> None:
+    """Save the averaged student of a finished stage as pipelines, and as a LoRA if it is one."""
+    student, method, source = nets.ema, type(recipe.objective).__name__, recipe.teacher.source
     takes_scale = opened.family.guidance_input(network_of(student.net))
     scale = told(recipe.teacher) if takes_scale else None
     if isinstance(student.net, Adapted):  # before the pipeline, whose folder says that the stage is finished
-        save_lora(student, opened, folder / "lora", teacher=recipe.teacher.source, guidance=scale)
+        save_lora(student, opened, folder / "lora", teacher=source, guidance=scale)
     others = [student.serving(s.steps) for s in student.serves if s.steps != student.sampler.steps]
     for one in (*others, student):
         name = "pipeline" if one is student else f"pipeline-{one.sampler.steps}step"
-        back = trainer.nets["inverter"] if one is student and "inverter" in trainer.nets else None
-        source = recipe.teacher.source
+        back = nets["inverter"] if one is student and "inverter" in nets else None
         save_pipeline(one, opened, folder / name, teacher=source, method=method, guidance=scale, inverter=back)
-    return student
 
 
 @dataclass(frozen=True)
@@ -211,8 +253,10 @@ def told(teacher: Teacher) -> float | None:
 
 
 def preview(student: Student, opened: Opened, path: Path, shown: Shown) -> None:
-    """A picture of the same samples every time."""
-    save_grid(path, _grid("", student, student.sampler, opened, shown).images, columns=shown.columns)
+    """A picture of the same samples every time, made by all processes, since a student may be in pieces."""
+    images = _grid("", student, student.sampler, opened, shown).images
+    if distributed.is_main():
+        save_grid(path, images, columns=shown.columns)
 
 
 def side_by_side(

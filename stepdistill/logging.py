@@ -1,12 +1,15 @@
-"""Metrics on disk, progress on the terminal, and a warning for a discriminator that has learned nothing."""
+"""Metrics on disk and in trackers, progress on the terminal, a warning for a discriminator that learns nothing."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
+import math
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -15,6 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from stepdistill import distributed
 from stepdistill.checkpoint import write_atomically
 
 CHANCE = 0.55
@@ -32,7 +36,7 @@ class MetricsFile:
 
     def __init__(self, path: Path | None):
         self.path = path
-        self._sums: dict[str, Tensor | float] = {}
+        self._sums: dict[str, Tensor | float] = {}  # of this process; a mean over all is taken when it is written
         self._counts: dict[str, int] = {}
         self._guessing: dict[str, int] = {}
         self._last = 0
@@ -44,10 +48,10 @@ class MetricsFile:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def write(self, index: int) -> dict[str, float]:
-        """Append the means as the line of ``index`` and start anew; returns them."""
-        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        """Append the means, over all processes, as the line of ``index`` and start anew; returns them."""
+        means = {name: math.fsum(sums) / len(sums) / count for name, (sums, count) in self.window().items()}
         self._sums, self._counts = {}, {}
-        if self.path:
+        if self.path and distributed.is_main():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with self.path.open("a") as file:
@@ -57,16 +61,21 @@ class MetricsFile:
         self._watch(means, index)
         return means
 
-    def window(self) -> dict[str, tuple[float, int]]:
-        """Sums and counts not yet written, for a checkpoint."""
-        return {name: (float(total), self._counts[name]) for name, total in self._sums.items()}
+    def window(self) -> dict[str, tuple[list[float], int]]:
+        """Sums not yet written, one for each process, and counts, for a checkpoint."""
+        each = distributed.gathered([float(total) for total in self._sums.values()])
+        return {name: ([sums[i] for sums in each], self._counts[name]) for i, name in enumerate(self._sums)}
 
-    def rewind(self, index: int, window: Mapping[str, tuple[float, int]]) -> None:
+    def rewind(self, index: int, window: Mapping[str, tuple[list[float], int]]) -> None:
         """Forget lines after ``index`` and take up the sums that were open there."""
-        self._sums = {name: torch.tensor(total, dtype=torch.float64) for name, (total, _) in window.items()}
-        self._counts = {name: count for name, (_, count) in window.items()}
+        self._sums, self._counts = {}, {}
+        for name, (sums, count) in window.items():
+            # with another number of processes each goes on from the mean
+            own = sums[distributed.rank()] if len(sums) == distributed.world() else math.fsum(sums) / len(sums)
+            self._sums[name] = torch.tensor(own, dtype=torch.float64)
+            self._counts[name] = count
         self._last = index
-        if self.path and self.path.exists():
+        if self.path and self.path.exists() and distributed.is_main():
             kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= index]
             write_atomically(self.path, lambda aside: aside.write_text("".join(f"{line}\n" for line in kept)))
 
@@ -104,7 +113,8 @@ def brief(means: Mapping[str, float]) -> str:
 
 
 class Progress:
-    """A bar with step, losses and time left on a terminal; a plain line every ten seconds elsewhere.
+    """A bar with step, losses and time left on a terminal; a plain line every ten seconds elsewhere; nothing in
+    processes beside the main one.
 
     Args:
         title: what is going on.
@@ -114,7 +124,7 @@ class Progress:
 
     def __init__(self, title: str, done: int, total: int):
         self.title, self.done, self.total = title, done, total
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, quiet=not distributed.is_main())
         self._text = ""
         self._shown = self._start = time.monotonic()
         self._begun = done
@@ -156,6 +166,58 @@ class Progress:
 
     def _line(self) -> None:
         self._shown = time.monotonic()
+        if not distributed.is_main():
+            return
         rate = (self.done - self._begun) / max(self._shown - self._start, 1e-9)
         left = f"  {(self.total - self.done) / rate:.0f} s left" if rate > 0 else ""
         print(f"{self.title}  {self.done}/{self.total}{left}  {self._text}".rstrip(), file=sys.stderr, flush=True)
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that are not installed.
+
+    Raises:
+        ValueError: naming what to install.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"run.trackers: {name!r} is not installed; pip install 'stepdistill[{name}]'")
+
+
+class Trackers:
+    """TensorBoard and Weights & Biases, by accelerate's trackers, in the main process; metrics.jsonl is there anyway.
+
+    Args:
+        names: of tensorboard, wandb.
+        out: run directory. TensorBoard's files lie in ``out/tensorboard``; W&B's project is the folder's parent.
+        index: steps done: curves of a resumed run go on from there.
+    """
+
+    def __init__(self, names: Sequence[str], out: Path, index: int):
+        self._open = []
+        if not names or not distributed.is_main():
+            return
+        from accelerate import PartialState
+        from accelerate.tracking import TensorBoardTracker, WandBTracker
+
+        PartialState(cpu=not torch.cuda.is_available())  # what accelerate's trackers ask who they are
+        folder = out.absolute()
+        for name in names:
+            if name == "tensorboard":
+                self._open.append(TensorBoardTracker(name, folder, purge_step=index + 1))
+            else:
+                key = hashlib.blake2b(str(folder).encode(), digest_size=6).hexdigest()  # the same run when resumed
+                about = {"name": folder.name, "dir": str(folder), "id": key, "resume": "allow"}
+                self._open.append(WandBTracker(folder.parent.name, **about))
+        for tracker in self._open:
+            tracker.start()
+
+    def log(self, means: Mapping[str, float], index: int) -> None:
+        """Scalars of step ``index``."""
+        for tracker in self._open:
+            tracker.log(dict(means), step=index)
+
+    def close(self) -> None:
+        """Write what is left."""
+        for tracker in self._open:
+            tracker.finish()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from stepdistill.models.denoiser import Cond, Denoiser
 from stepdistill.models.nets import Nets
+from stepdistill.randomness import Part, Stream
 from stepdistill.sampling import Sampler
 
 
@@ -44,33 +45,62 @@ class Step:
     """What changes from step to step: the index, the randomness, and what this step's turns may share."""
 
     index: int
-    rng: torch.Generator
+    rng: Stream
     shared: dict[str, Tensor] = field(default_factory=dict, compare=False)
     """Detached tensors that one turn leaves for the next at the same index and batch, such as the student's sample."""
 
     @classmethod
     def at(
-        cls, index: int, *stream: int, device: torch.device | str = "cpu", shared: dict[str, Tensor] | None = None
+        cls,
+        index: int,
+        *stream: int,
+        device: torch.device | str = "cpu",
+        shared: dict[str, Tensor] | None = None,
+        part: Part = Part(),  # noqa: B008 (immutable)
     ) -> Step:
-        """A step whose draws depend on ``index`` and ``stream`` (seed, rank, turn, micro-batch) and nothing else.
+        """A step whose draws depend on ``index`` and ``stream`` (seed, turn, micro-batch) and nothing else.
+
+        Draws are one row a sample. ``part`` says which samples of the batch are this process's: it gets their rows of
+        what one process with the whole batch would draw.
 
         torch's CPU generator takes 32 bits of seed, so among 100,000 steps one or two share their draws.
         """
         digest = hashlib.blake2b(struct.pack(f"<{len(stream) + 1}q", index, *stream), digest_size=8).digest()
-        rng = torch.Generator(device).manual_seed(int.from_bytes(digest, "little", signed=True))
+        rng = Stream(device, part).manual_seed(int.from_bytes(digest, "little", signed=True))
         return cls(index, rng, {} if shared is None else shared)
 
     def randn(self, shape: tuple[int, ...]) -> Tensor:
-        """Standard normal, float32."""
-        return torch.randn(shape, generator=self.rng, device=self.rng.device)
+        """Standard normal, (B, ...), float32."""
+        rng = self.rng
+        return rng.rows(shape[0], lambda n: torch.randn((n, *shape[1:]), generator=rng, device=rng.device))
 
     def rand(self, n: int) -> Tensor:
         """Uniform in [0, 1), (n,), float64."""
-        return torch.rand(n, generator=self.rng, device=self.rng.device, dtype=torch.float64)
+        return self.rng.rows(n, self._rand)
 
     def integers(self, high: int, n: int) -> Tensor:
         """Uniform in {0, ..., high - 1}, (n,), int64."""
-        return torch.randint(high, (n,), generator=self.rng, device=self.rng.device)
+        return self.rng.rows(n, lambda n: torch.randint(high, (n,), generator=self.rng, device=self.rng.device))
+
+    def stratified(self, n: int) -> Tensor:
+        """Uniform in [0, 1), (n,), float64: one in each of as many equal cells as the batch has samples, shuffled."""
+
+        def draw(n: int) -> Tensor:
+            cells = torch.randperm(n, generator=self.rng, device=self.rng.device)  # so that no sample has its own cell
+            return (cells + self._rand(n)) / n
+
+        return self.rng.rows(n, draw)
+
+    def shared_rand(self) -> Tensor:
+        """Uniform in [0, 1), (1,), float64: one number for the whole batch, on all processes."""
+        return self._rand(1)
+
+    def shared_integer(self, high: int) -> int:
+        """Uniform in {0, ..., high - 1}: one number for the whole batch, on all processes."""
+        return int(torch.randint(high, (1,), generator=self.rng, device=self.rng.device))
+
+    def _rand(self, n: int) -> Tensor:
+        return torch.rand(n, generator=self.rng, device=self.rng.device, dtype=torch.float64)
 
 
 class Loss:

@@ -26,12 +26,12 @@ TABLE = ("fd", "pix", "precision", "recall", "coverage")
 ONE_STEP, FOUR_STEPS = "digits_quickstart_1step", "digits_quickstart_4step"
 
 
-def quickstart(out: Path, *, resume: bool = False, seed: int = 0) -> list[Record]:
+def quickstart(out: Path, *, resume: bool = True, seed: int = 0) -> list[Record]:
     """Run the two quickstart recipes through ``distill``, one per core, measure them together, and print the outcome.
 
     Args:
         out: run directory of the one-step student; ``out/four_step`` is the other's.
-        resume: go on with an interrupted quickstart.
+        resume: go on with the quickstart that is there, if there is one; otherwise it is refused.
         seed: of training.
 
     Returns:
@@ -52,13 +52,13 @@ def quickstart(out: Path, *, resume: bool = False, seed: int = 0) -> list[Record
     with ProcessPoolExecutor(1, mp_context=spawned, initializer=os.setsid) as other_core:
         four_run = other_core.submit(_in_background, four, four_out)
         try:
-            one_done = distill(one, out, resume=True)  # claimed above
+            one_done = distill(one, out)
             _wait(four_run, four, four_out)
         except BaseException:
             for process in set(multiprocessing.active_children()) - before:
                 process.terminate()
             raise
-    four_done = distill(four, four_out, resume=True)  # it is finished: this loads it
+    four_done = distill(four, four_out)  # it is finished: this loads it
     runs = [("student, 1 step", one, one_done), ("student, 4 steps", four, four_done)]
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)  # training wants one thread, sampling in large batches all of them
@@ -77,7 +77,7 @@ def quickstart(out: Path, *, resume: bool = False, seed: int = 0) -> list[Record
 def _in_background(recipe: Recipe, out: Path) -> None:
     """A run whose progress goes to a file beside ``out``: the terminal shows the other one."""
     with (out.parent / f"{out.name}.log").open("a") as log, contextlib.redirect_stderr(log):
-        distill(recipe, out, resume=out.exists())
+        distill(recipe, out)
 
 
 def _wait(run: Future[None], recipe: Recipe, out: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import stepdistill.objectives  # noqa: F401 (a recipe.json may name any of them)
 from stepdistill.data import Data
 from stepdistill.objective import Objective
+from stepdistill.placement import Placement
 from stepdistill.sampling import Sampler
 from stepdistill.trainer import AdamW, Run
 
@@ -156,6 +157,7 @@ class Recipe:
     sampler: Sampler = field(default_factory=Sampler)
     """The few-step sampler that the student is trained for and exported with."""
     run: Run = field(default_factory=Run)
+    placement: Placement = field(default_factory=Placement)
     student: Weights = field(default_factory=Weights)
     critic: Weights = field(default_factory=Weights)
     null_rate: float = 0.0
@@ -212,6 +214,9 @@ class Recipe:
             )
         if self.student.told_guidance and self.teacher.guidance_range is None:
             raise ValueError("student.told_guidance needs teacher.guidance_range, the scales it shall learn")
+        moved = sorted(movers & set(self.placement.offload))
+        if moved:
+            raise ValueError(f"placement.offload {moved[0]!r}: an optimizer moves it, so it stays on the device")
         if self.warm_start is not None and self.warm_start.student.form == "full" and self.student.form == "lora":
             raise ValueError("student.form is 'lora', and its warm start's is 'full'; let both be the same")
         if self.warm_start is not None and self.warm_start.teacher.source != self.teacher.source:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from stepdistill.functional.ode import jump
 from stepdistill.models.denoiser import Cond, Predictor
+from stepdistill.randomness import Stream
 
 Rng = torch.Generator | Sequence[torch.Generator]
 """One generator for the batch, or one per sample, so that a sample does not depend on its batch."""
@@ -283,7 +284,11 @@ def refuse_solver(rule: StepRule) -> None:
 
 def _randn(like: Tensor, rng: Rng) -> Tensor:
     generator = rng if isinstance(rng, torch.Generator) else list(rng)
-    return randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+
+    def draw(n: int) -> Tensor:
+        return randn_tensor((n, *like.shape[1:]), generator=generator, device=like.device, dtype=like.dtype)
+
+    return rng.rows(len(like), draw) if isinstance(rng, Stream) else draw(len(like))
 
 
 def sample_rngs(seed: int, ids: Sequence[int]) -> list[torch.Generator]:

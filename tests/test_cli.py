@@ -196,7 +196,7 @@ def test_distill_runs_and_resumes_a_recipe(run: Run, recipes: Path, tmp_path: Pa
     assert ran.code == 0
     assert "load the student with:" in ran.out and "DiffusionPipeline.from_pretrained(" in ran.out
     before = tree(tmp_path)
-    assert run("distill", f"{recipes}:kd", "--out", "a", "--resume").code == 0  # there is nothing left to do
+    assert run("distill", f"{recipes}:kd", "--out", "a").code == 0  # there is nothing left to do
     assert tree(tmp_path) == before
     assert run("distill", "a/recipe.json", "--out", "b").code == 0
     assert (tmp_path / "b/metrics.jsonl").read_bytes() == (tmp_path / "a/metrics.jsonl").read_bytes()
@@ -330,7 +330,7 @@ def test_bench_knows_a_runs_method(run: Run, finished: Path, tmp_path: Path) -> 
         (["bench", "nowhere", "--teacher-steps", "4", "0"], "evaluation.teacher_steps must be"),
         (["bench", "nowhere", "--out", "."], "--out .: is a folder"),
         (["quickstart", "--out", "broken.json"], "broken.json: is a file; name a folder"),
-        (["quickstart", "--out", "used"], "used: a run is there already; add --resume"),
+        (["quickstart", "--out", "used"], "used: there are other files already, and no recipe.json; name another"),
         (["quickstart", "--seed", "-1"], "run.seed must lie in"),
     ],
 )
@@ -351,8 +351,7 @@ def test_bad_input_is_refused_in_one_line_and_changes_nothing(
     [
         ("kd --out file", "--out file: is a file; name a folder"),
         ("kd --out file/run", "--out file/run: .*file is no folder that can be written to"),
-        ("kd --out used", "--out used: a run is there already; add --resume to go on with it"),
-        ("kd --out used --resume", "--resume used: no recipe.json there"),
+        ("kd --out used", "--out used: there are other files already, and no recipe.json; name another folder"),
         ("kd --teacher.source ./nowhere", "teacher './nowhere': no such folder"),
         ("kd --teacher.source used", "teacher 'used': no model_index.json there"),
         ("kd --teacher.source bundled:cats", "cats': no such folder"),
@@ -402,10 +401,18 @@ def test_resuming_another_recipe_is_refused_with_the_difference_and_the_cure(
     run: Run, recipes: Path, finished: Path
 ) -> None:
     before = tree(finished)
-    ran = run("distill", f"{recipes}:kd", "--out", finished, "--resume", "--run.batch", "3")
-    assert_refused(ran, r'its recipe.json is another recipe \("batch": 2, there, "batch": 3, here\); resume with: ')
-    assert f"stepdistill distill {finished}/recipe.json --out {finished} --resume" in ran.err
+    ran = run("distill", f"{recipes}:kd", "--out", finished, "--run.batch", "3", "--optim.student.lr", "0.5")
+    differing = r"a run of another recipe is there already \(optim.student.lr is \S+ there and 0.5 here; "
+    assert_refused(ran, differing + r"run.batch is 2 there and 3 here\); name another folder, or go on with that one: ")
+    assert f"stepdistill distill {finished}/recipe.json --out {finished}" in ran.err
+    ran = run("distill", f"{recipes}:kd", "--out", finished, "--no-resume")
+    assert_refused(ran, "a run is there already; leave out --no-resume to go on")
     assert tree(finished) == before
+
+
+def test_where_a_run_computes_may_change_when_it_is_resumed(run: Run, recipes: Path, finished: Path) -> None:
+    args = ["--out", finished, "--placement.checkpointing", "student", "--placement.shard"]
+    assert run("distill", f"{recipes}:kd", *args).code == 0
 
 
 @pytest.mark.parametrize(
@@ -500,7 +507,7 @@ def test_an_interrupted_run_exits_with_130_and_goes_on_when_it_is_resumed(
         process.kill()
     assert process.returncode == 130, err
     assert time.monotonic() - sent < 15
-    assert err.splitlines()[-1] == "stepdistill: interrupted; the same command with --resume goes on"
+    assert err.splitlines()[-1] == "stepdistill: interrupted; the same command goes on"
     assert "Traceback" not in err
     (checkpoint,) = (out / "checkpoints").iterdir()
     done = int(checkpoint.stem)
@@ -516,7 +523,7 @@ def test_an_interrupted_run_exits_with_130_and_goes_on_when_it_is_resumed(
         return step(trainer, index)
 
     monkeypatch.setattr(Trainer, "step", three)
-    assert run(*args, "--resume").code == 130
+    assert run(*args).code == 130
     assert taken == [done, done + 1, done + 2]
     assert (out / "checkpoints" / f"{done + 3:08d}.safetensors").is_file()
     logged = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]

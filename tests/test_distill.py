@@ -194,7 +194,7 @@ def test_a_resumed_chain_runs_no_finished_stage_and_ends_as_if_it_had_not_stoppe
     with pytest.raises(KeyboardInterrupt):
         distill(CHAIN, tmp_path)
     stage = files(tmp_path / "stages")
-    done = distill(CHAIN, tmp_path, resume=True)
+    done = distill(CHAIN, tmp_path)
     assert started == ["KD"] * 6 + ["DMD2"] * 4
     assert files(tmp_path / "stages") == stage
     assert torch.equal(weights(done.student), weights(load_student(chain / "pipeline")))
@@ -204,7 +204,7 @@ def test_a_resumed_chain_runs_no_finished_stage_and_ends_as_if_it_had_not_stoppe
 def test_a_finished_run_is_only_loaded_when_it_is_resumed(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "fit", None)  # not to be called
     before = files(chain)
-    done = distill(CHAIN, chain, resume=True)
+    done = distill(CHAIN, chain)
     assert torch.equal(weights(done.student), weights(load_student(chain / "pipeline")))
     assert files(chain) == before
 
@@ -214,8 +214,10 @@ def test_a_folder_with_nothing_but_a_cache_is_free(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "pairs-0.safetensors").write_bytes(b"")
     claim(tmp_path, TINY, resume=False)
+    (tmp_path / ".recipe.json.part").write_text("{")  # killed a moment later
+    claim(tmp_path, TINY, resume=False)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="a run is there already"):
+    with pytest.raises(ValueError, match="there are other files already"):
         claim(tmp_path, TINY, resume=False)
 
 

@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
     "paths",
+    "randomness",
+    "distributed",
     "schedule",
     "functional",
     "models",
@@ -24,10 +26,12 @@ LAYERS = (
     "objective",
     "parts",
     "objectives",
+    "placement",
     "checkpoint",
     "logging",
     "shapes",
     "data",
+    "run",
     "trainer",
     "profiling",
     "recipe",

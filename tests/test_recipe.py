@@ -148,7 +148,7 @@ def test_encoding_names_every_type() -> None:
         ("run.steps", 3.5, "recipe.run.steps: expected int, got 3.5"),
         ("run.steps", True, "recipe.run.steps: expected int, got True"),
         ("run.ema", "much", "recipe.run.ema: expected float, got 'much'"),
-        ("run.dtype", "int8", "recipe.run.dtype: 'int8' is none of 'float32', 'bfloat16'"),
+        ("run.dtype", "int8", "recipe.run.dtype: 'int8' is none of 'float32', 'bfloat16', 'float16'"),
         ("teacher.source", None, "recipe.teacher.source: expected str, got None"),
         ("teacher.interval", [0.0], "recipe.teacher.interval: expected 2 values, got 1"),
         ("sampler.times", 1.0, "recipe.sampler.times: expected a list, got 1.0"),

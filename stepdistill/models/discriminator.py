@@ -106,6 +106,8 @@ class Discriminator(nn.Module):
         super().__init__()
         self._backbone = (backbone,)  # in a tuple: not a submodule
         self.taps = tuple(taps)
+        self.stops_early = True
+        """Layers behind the last tap are not run. Off where the backbone is sharded: its own hooks come after them."""
         self.heads = nn.ModuleList(Head(tap.channels, width) for tap in taps)
 
     @property
@@ -116,13 +118,15 @@ class Discriminator(nn.Module):
     def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
         """Tapped feature maps (B, C, H, W) of noised samples ``x_t`` (B, ...) at times ``t`` (B,).
 
-        The layers behind the last tap are not run. Tokens are laid out as their patches lie; frames stand side by side.
+        Tokens are laid out as their patches lie; frames stand side by side.
         """
         (backbone,) = self._backbone
         names, outputs = [tap.name for tap in self.taps], [tap.output for tap in self.taps]
-        found = tapped(
-            network_of(backbone.net), names, lambda: backbone(x_t, t, cond, want=backbone.kind), outputs=outputs
-        )
+
+        def run() -> Tensor:
+            return backbone(x_t, t, cond, want=backbone.kind)
+
+        found = tapped(network_of(backbone.net), names, run, outputs=outputs, stop=self.stops_early)
         return [_map_of(features, tap, x_t) for features, tap in zip(found, self.taps, strict=True)]
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:

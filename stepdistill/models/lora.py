@@ -179,6 +179,11 @@ def network_of(net: nn.Module) -> nn.Module:
     return net.backbone if isinstance(net, Around) else net
 
 
+def has_adapters(net: nn.Module) -> bool:
+    """Whether roles are adapted on this very network."""
+    return hasattr(net, _BOARD)
+
+
 def bare_state(net: nn.Module) -> dict[str, Tensor]:
     """A network's own state, whether adapters have been injected or not."""
     return {key.replace(".base_layer.", "."): value for key, value in net.state_dict().items() if ".lora_" not in key}

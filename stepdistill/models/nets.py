@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+
+from stepdistill.distributed import local
 
 
 class Nets(nn.ModuleDict):
@@ -19,7 +22,8 @@ class Nets(nn.ModuleDict):
 
     def trainable_state(self) -> dict[str, torch.Tensor]:
         """The state of everyone but the teacher."""
-        return {k: v for k, v in self.state_dict().items() if not k.startswith("teacher.")}
+        roles = ((role, net.state_dict()) for role, net in self.items() if role != "teacher")
+        return {f"{role}.{key}": value for role, state in roles for key, value in state.items()}
 
 
 def freeze(net: nn.Module, layers: Sequence[str]) -> None:
@@ -79,11 +83,18 @@ def only_trains(nets: Nets, moves: tuple[str, ...]) -> Iterator[list[nn.Paramete
     yield moved
 
 
+def add_averages(nets: Nets, names: Iterable[str]) -> None:
+    """Put copies of the student in, unless they are there."""
+    for name in names:
+        if name not in nets:
+            nets[name] = copy.deepcopy(nets.student).requires_grad_(False)
+
+
 @torch.no_grad()
 def update_average(average: nn.Module, source: nn.Module, decay: float) -> None:
     """``average <- decay * average + (1 - decay) * source`` for parameters; buffers are copied."""
     (averaged, kept), (moved, current) = listed(average), listed(source)
     if averaged:
-        torch._foreach_lerp_(averaged, moved, 1 - decay)
+        torch._foreach_lerp_([local(p) for p in averaged], [local(p) for p in moved], 1 - decay)
     for a, b in zip(kept, current, strict=True):
         a.copy_(b)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from stepdistill import distributed
 from stepdistill.objective import Step
 from stepdistill.parts.times import Times
 from stepdistill.schedule import DiscreteVP, Schedule
@@ -74,11 +75,12 @@ class ChainLength(nn.Module):
     @torch.no_grad()
     def watch(self, real: Tensor) -> Tensor:
         """Take in the logits (B, L) of a batch of real samples; returns their mean sign."""
-        sign = real.float().sign().mean()
+        sign = distributed.mean(real.float().sign().mean())
         self.signs += sign
         self.seen += 1
         due = (self.seen >= self.every).float()
-        pull = torch.sign(self.signs / self.seen - self.target) * len(real) * self.every / self.ramp
+        samples = len(real) * distributed.world()
+        pull = torch.sign(self.signs / self.seen - self.target) * samples * self.every / self.ramp
         self.reach.add_(due * pull).clamp_(0.0, 1.0)
         self.signs *= 1 - due
         self.seen *= 1 - due

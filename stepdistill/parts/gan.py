@@ -79,7 +79,8 @@ class Gan:
         """Logits (B, L) of real and of generated samples, and the weighted penalty; arguments as in ``disc_term``."""
         t = self.times(schedule, len(real), step).repeat(2)
         both = {k: torch.cat([v, v]) for k, v in cond.items()}
-        x_t = schedule.add_noise(torch.cat([real, fake.detach()]), step.randn((2 * len(real), *real.shape[1:])), t)
+        eps = torch.cat([step.randn(real.shape), step.randn(fake.shape)])
+        x_t = schedule.add_noise(torch.cat([real, fake.detach()]), eps, t)
         real_logits, fake_logits = disc(x_t, t, both).chunk(2)  # one evaluation of the backbone
         if self.r1 == 0:
             return real_logits, fake_logits, real_logits.new_zeros(())

@@ -63,7 +63,7 @@ class BackwardSim(Rollout):
     def __call__(self, student: Student, batch: Batch, step: Step) -> Tensor:
         """See ``Rollout``."""
         steps = student.sampler.steps
-        stop = steps - 1 if self.last_only else int(step.integers(steps, 1))
+        stop = steps - 1 if self.last_only else step.shared_integer(steps)
         noise = step.randn(batch.shape)
         with torch.no_grad():
             x = student.sampler.run(student, noise, batch.cond, step.rng, stop=stop)

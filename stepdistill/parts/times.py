@@ -41,8 +41,7 @@ class Uniform(Times):
 
     def fractions(self, schedule: Schedule, n: int, step: Step) -> Tensor:
         """See ``Times``."""
-        cells = torch.randperm(n, generator=step.rng, device=step.rng.device)  # so that no sample has its own cell
-        return self.low + (self.high - self.low) * (cells + step.rand(n)) / n
+        return self.low + (self.high - self.low) * step.stratified(n)
 
 
 @dataclass(frozen=True)

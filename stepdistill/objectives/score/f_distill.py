@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from stepdistill import distributed
 from stepdistill.functional.divergence import dmd_gap, pull
 from stepdistill.functional.f_divergence import FDivergence, f_weight
 from stepdistill.models.denoiser import Cond, Denoiser
@@ -114,7 +115,7 @@ class FDistill(Objective):
         if self.ratio_bins:
             ratio = ratio / nets.ratio_means(ratio, at.t / nets.teacher.schedule.t_max, self.ratio_decay)
         weight = f_weight(ratio, self.divergence)
-        return weight / weight.mean() if self.normalise else weight
+        return weight / distributed.mean(weight.mean()) if self.normalise else weight
 
 
 class RatioMeans(nn.Module):
@@ -132,8 +133,7 @@ class RatioMeans(nn.Module):
         """Take in ``ratio`` (B,) at times ``share`` (B,) in [0, 1], and return the mean that goes with each, (B,)."""
         bins = len(self.means)
         index = (share * bins).long().clamp(0, bins - 1)
-        count = torch.bincount(index, minlength=bins)
-        total = torch.zeros_like(self.means).index_add_(0, index, ratio.to(self.means))
-        mean = torch.where(count > 0, total / count.clamp_min(1), self.means)
-        self.means.lerp_(mean, 1 - decay)
+        count = distributed.total(torch.bincount(index, minlength=bins))
+        sums = distributed.total(torch.zeros_like(self.means).index_add_(0, index, ratio.to(self.means)))
+        self.means.lerp_(torch.where(count > 0, sums / count.clamp_min(1), self.means), 1 - decay)
         return self.means[index].to(ratio)

@@ -62,6 +62,6 @@ class SNOOPI(Objective):
     def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
         """Distribution matching at the scale just drawn."""
         low, high = self.guidance
-        drawn = step.rand(len(batch) if self.per_sample else 1)
+        drawn = step.rand(len(batch)) if self.per_sample else step.shared_rand()
         scale = (low + (high - low) * drawn).expand(len(batch))
         return Loss(pull(*self.base.score_gap(nets, batch, step, scale)), guidance=scale.mean())

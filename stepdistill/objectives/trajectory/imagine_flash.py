@@ -88,7 +88,7 @@ class ImagineFlash(Objective):
         """A state that the student itself reaches and its estimate there, both (B, ...), and the time of all states, a
         fraction of t_max.
         """
-        stop, noise = int(step.integers(student.sampler.steps, 1)), step.randn(batch.shape)
+        stop, noise = step.shared_integer(student.sampler.steps), step.randn(batch.shape)
         fraction = student.sampler.times[stop]
         with torch.no_grad():
             x_t = student.sampler.run(student, noise, batch.cond, step.rng, stop=stop)

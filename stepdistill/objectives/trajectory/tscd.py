@@ -91,7 +91,7 @@ class TSCD(Objective):
     def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
         """Agreement of two jumps to the same end, from neighbours on the teacher's ODE."""
         schedule, n = nets.student.schedule, len(batch)
-        segments = self.cuts[int(step.integers(len(self.cuts), 1))] if self.also else self.segments
+        segments = self.cuts[step.shared_integer(len(self.cuts))] if self.also else self.segments
         eps = step.randn(batch.shape)
         i = step.integers(segments.solver_steps, n) + 1  # t is grid point i, s the one below
         edge = segments.lower_edge(i)
