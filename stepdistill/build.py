@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from stepdistill.data import Setting
+from stepdistill.data import Report, Setting
 from stepdistill.data.base import companions
 from stepdistill.lora_files import fuse_lora_file
 from stepdistill.models.denoiser import Denoiser, Guided, with_null
@@ -224,6 +224,8 @@ class Built:
 
     opened: Opened
     trainer: Trainer
+    report: Report
+    """What the data held and what of it was left out."""
 
 
 def build(
@@ -266,11 +268,12 @@ def build(
     if "disc" in nets:
         nets["disc"].backbone.to(run.device)  # no part of it
 
-    setting = Setting(opened, nets.teacher, recipe.sampler, run.batch, run.seed, run.device, cache)
+    report = Report(out / "data.json" if out else None)
+    setting = Setting(opened, nets.teacher, recipe.sampler, run.batch, run.seed, run.device, cache, report)
     optimizers = {name: spec.build(nets[name].parameters()) for name, spec in optim.items()}
     data = with_guidance(recipe.data.open(setting), recipe, opened)
     trainer = Trainer(nets, recipe.objective, optimizers, data, run, specs=optim, out=out)
-    return Built(opened, trainer)
+    return Built(opened, trainer, report)
 
 
 def with_guidance(source: Source, recipe: Recipe, opened: Opened) -> Source:
