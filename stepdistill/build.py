@@ -268,7 +268,7 @@ def build(
     if "disc" in nets:
         nets["disc"].backbone.to(run.device)  # no part of it
 
-    report = Report(out / "data.json" if out else None)
+    report = Report()
     setting = Setting(opened, nets.teacher, recipe.sampler, run.batch, run.seed, run.device, cache, report)
     optimizers = {name: spec.build(nets[name].parameters()) for name, spec in optim.items()}
     data = with_guidance(recipe.data.open(setting), recipe, opened)

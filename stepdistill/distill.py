@@ -49,9 +49,9 @@ class Distilled:
 def distill(recipe: Recipe, out: Path, *, resume: bool = False) -> Distilled:
     """Run a recipe, its warm starts first, into ``out``.
 
-    ``out`` gets recipe.json, metrics.jsonl, checkpoints/, samples/ and pipeline/, and a pipeline-Kstep/ for each
-    further number of steps that its student serves; warm starts get the same under ``out/stages/``, oldest first. A
-    finished stage is not run again when a run is resumed.
+    ``out`` gets recipe.json, data.json, metrics.jsonl, checkpoints/, samples/ and pipeline/, and a pipeline-Kstep/ for
+    each further number of steps that its student serves; warm starts get the same under ``out/stages/``, oldest first.
+    A finished stage is not run again when a run is resumed.
 
     Args:
         recipe: what to do.
@@ -80,6 +80,7 @@ def distill(recipe: Recipe, out: Path, *, resume: bool = False) -> Distilled:
         built = build(stage, opened=opened, start=student, out=folder, cache=out / "cache")
         write_recipe(out, recipe)  # not before: what cannot be built leaves nothing behind
         write_recipe(folder, stage)
+        built.report.keep(folder / "data.json")
         student = _train(built, stage, folder)
     opened.denoiser.to(recipe.run.device)
     return Distilled(student.to(recipe.run.device), opened, out / "pipeline")

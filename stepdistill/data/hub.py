@@ -27,7 +27,7 @@ BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl":
 
 @dataclass(frozen=True)
 class HubImages(ImageSource):
-    """Images with captions, or with classes, of a data set that ``datasets`` opens (``pip install 'stepdistill[data]'``)."""
+    """Images with captions or classes of a data set that ``datasets`` opens (``pip install 'stepdistill[data]'``)."""
 
     path: str
     """A local folder (of parquet files, say, or one that ``save_to_disk`` wrote), a file, or a hub id."""
@@ -68,7 +68,7 @@ class HubImages(ImageSource):
         data = self._raw(open_dataset(self.path, self.name, self.split))
         if not len(data):
             raise ValueError(f"data.path {self.path}: split {self.split!r} is empty")
-        known = data[:][self._told_by]
+        known = data[self._told_by][:]
         return [
             self._row(f"{self.path}[{self.split}] {i}", value, functools.partial(_cell, data, i, self.image_column))
             for i, value in enumerate(known)
@@ -85,9 +85,9 @@ class HubImages(ImageSource):
         stream = Stream(self._stream, self.shuffle, setting.seed, setting.cache / file if setting.cache else None)
 
         def row_at(position: int) -> Row:
-            cells = stream.at(position)
+            number, cells = stream.at(position)
             image = cells[self.image_column]
-            name = f"{self.path}[{self.split}] row {position} of the shuffled stream"
+            name = f"{self.path}[{self.split}] {number}"
             return self._row(name, cells[self._told_by], lambda: image)
 
         report.opened(type(self).__name__, None)
@@ -156,7 +156,7 @@ class HubPrompts(PromptSource):
             there = ", ".join(data.column_names)
             raise ValueError(f"data.text_column {self.text_column!r}: no such column in {self.path}; it has {there}")
         texts = []
-        for i, value in enumerate(data[:][self.text_column]):
+        for i, value in enumerate(data[self.text_column][:]):
             try:
                 texts.append(checked_text(value))
             except Bad as problem:

@@ -226,6 +226,8 @@ class ImageSource(Data):
 
 def check_caption(row: Row) -> None:
     """Raise ``Bad`` if a row has neither class nor caption."""
+    if row.label is not None and row.label < 0:
+        raise Bad("no class")
     if row.label is None and not checked_text(row.text).strip():
         raise Bad("no caption")
 

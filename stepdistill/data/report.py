@@ -29,12 +29,11 @@ class Bad(ValueError):
 class Report:
     """What a run's data held and what of it was left out, each row once.
 
-    Args:
-        path: data.json of a run directory, kept up to date; None keeps it in memory.
+    In memory, until a run directory is named for it.
     """
 
-    def __init__(self, path: Path | None = None):
-        self.path = path
+    def __init__(self) -> None:
+        self.path: Path | None = None
         self.source = ""
         self.rows: int | None = None
         self.reasons: Counter[str] = Counter()
@@ -47,6 +46,11 @@ class Report:
     def skipped(self) -> int:
         """Rows left out so far."""
         return len(self._seen)
+
+    def keep(self, path: Path) -> None:
+        """Write data.json there, now and whenever there is news."""
+        self.path = path
+        self.tell()
 
     def opened(self, source: str, rows: int | None) -> None:
         """Rows that a source has, good and bad; None where nobody knows, as in a stream."""

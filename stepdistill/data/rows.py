@@ -19,6 +19,8 @@ HEAD = 2**16
 COLUMNS = ("prompt", "text", "caption")
 """Where a row has its text; the first one that is there counts."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+"""Of images, whatever their files are called; others may start programs (EPS)."""
 FITTING = "upright, on white, Lanczos, middle 1"
 """What ``fitted`` does, for the cache's keys: change it with the code."""
 
@@ -41,6 +43,8 @@ class Row(NamedTuple):
         """
         try:
             return self.read(first)
+        except Bad:
+            raise
         except FileNotFoundError as error:
             raise Bad("missing image", "no such file") from error
         except (OSError, ValueError) as error:
@@ -83,11 +87,14 @@ def opened_image(content: bytes | Tensor) -> Image.Image:
     if isinstance(content, Tensor):
         return Image.fromarray(content.permute(1, 2, 0).numpy())
     try:
-        return Image.open(io.BytesIO(content))
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
     except UnidentifiedImageError as error:
-        raise Bad("damaged image", "no image that Pillow knows") from error
+        raise Bad("damaged image", f"none of {', '.join(FORMATS)}") from error
     except Exception as error:  # decoders raise what they like
         raise Bad("damaged image", str(error) or type(error).__name__) from error
+    if min(image.size) < 1:
+        raise Bad("damaged image", "it has no pixels")
+    return image
 
 
 def size_of(row: Row) -> Size:

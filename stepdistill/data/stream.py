@@ -48,16 +48,17 @@ class Stream:
 
     def __init__(self, fresh: Callable[[], Rewindable], block: int, seed: int, notes: Path | None = None):
         self.fresh, self.block, self.seed, self.notes = fresh, block, seed, notes
+        # of blocks: the number of the first row, and the data set's state before it
         self._states: dict[int, tuple[int, dict[str, Any] | None]] = {0: (0, None)}
-        self._blocks: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
-        self._reader: Iterator[dict[str, Any]] = iter(())
-        self._next, self._epoch, self._data = -1, 0, None
+        self._blocks: OrderedDict[int, list[tuple[int, dict[str, Any]]]] = OrderedDict()
+        self._reader: Iterator[tuple[int, dict[str, Any]]] = iter(())
+        self._next = -1
         if notes is not None and notes.is_file():
             for line in notes.read_text().splitlines():
                 self._recall(line)
 
-    def at(self, position: int) -> dict[str, Any]:
-        """The row at a position."""
+    def at(self, position: int) -> tuple[int, dict[str, Any]]:
+        """The row at a position, and its number in the data set."""
         number, offset = divmod(position, self.block)
         rows = self._blocks.get(number)
         if rows is None:
@@ -70,10 +71,14 @@ class Stream:
     def _order(self, number: int) -> list[int]:
         return torch.randperm(self.block, generator=Step.at(number, self.seed, self.block).rng).tolist()
 
-    def _read(self, number: int) -> list[dict[str, Any]]:
+    def _read(self, number: int) -> list[tuple[int, dict[str, Any]]]:
         if number != self._next:
             self._next = max(known for known in self._states if known <= number)
-            self._reader = self._from(*self._states[self._next])
+            row, state = self._states[self._next]
+            self._row, self._data = row, self.fresh()
+            if state is not None:
+                self._data.load_state_dict(state)
+            self._reader = self._onwards()
         while True:
             self._note(self._next)
             rows = list(itertools.islice(self._reader, self.block))
@@ -81,26 +86,19 @@ class Stream:
             if self._next > number:
                 return rows
 
-    def _from(self, epoch: int, state: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-        self._epoch, self._data = epoch, self.fresh()
-        if state is not None:
-            self._data.load_state_dict(state)
-        return self._rows(whole=state is None)
-
-    def _rows(self, *, whole: bool) -> Iterator[dict[str, Any]]:
+    def _onwards(self) -> Iterator[tuple[int, dict[str, Any]]]:
         while True:
-            empty = True
-            for row in self._data:
-                empty = False
-                yield row
-            if empty and whole:
+            for cells in self._data:
+                self._row += 1
+                yield self._row - 1, cells
+            if self._row == 0:
                 raise ValueError("data.path: the data set is empty")
-            self._epoch, self._data, whole = self._epoch + 1, self.fresh(), True
+            self._row, self._data = 0, self.fresh()
 
     def _note(self, number: int) -> None:
         if number in self._states:
             return
-        self._states[number] = (self._epoch, self._data.state_dict())
+        self._states[number] = (self._row, self._data.state_dict())
         if self.notes is not None:
             self.notes.parent.mkdir(parents=True, exist_ok=True)
             line = json.dumps([number, *self._states[number]])
@@ -110,8 +108,8 @@ class Stream:
     def _recall(self, line: str) -> None:
         text, _, checksum = line.rpartition(" ")
         if checksum == _checksum(text):  # a killed process may have torn its last line
-            number, epoch, state = json.loads(text)
-            self._states[number] = (epoch, state)
+            number, row, state = json.loads(text)
+            self._states[number] = (row, state)
 
 
 def _checksum(text: str) -> str:

@@ -94,6 +94,9 @@ def _samples(path: Path, changed: int) -> tuple[_Sample, ...]:
                 found[-1].texts[suffix] = tar.extractfile(member).read()
             else:
                 found[-1].places[suffix] = (member.offset_data, member.size)
+        behind = _part(path, tar.offset, tarfile.BLOCKSIZE, -1)
+        if behind.strip(b"\0"):  # tarfile takes anything that is no header for the end
+            raise tarfile.ReadError(f"no header at byte {tar.offset}")
     return tuple(found)
 
 
@@ -117,9 +120,7 @@ def shard_paths(pattern: str) -> list[Path]:
         ValueError: if it names an address or a command, or a file is not there.
     """
     if re.match(r"[a-z0-9+.-]+://|pipe:", pattern, re.IGNORECASE):
-        raise ValueError(
-            f"data.shards {pattern}: only local files are read, at places of their own; download them first"
-        )
+        raise ValueError(f"data.shards {pattern}: only local files are read; download them first")
     paths = []
     for one in braces(pattern):
         found = sorted(glob.glob(one, recursive=True)) if glob.has_magic(one) else [one]
