@@ -130,6 +130,8 @@ def image_file(path: Path, **known: Any) -> Row:
 
 
 def _first_bytes(path: Path, first: int) -> bytes:
+    if not path.is_file():  # nor a device, which may have no end
+        raise FileNotFoundError(path)
     with path.open("rb") as file:
         return file.read(first)
 

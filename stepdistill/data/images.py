@@ -18,7 +18,7 @@ from stepdistill.data.cache import Store, store_in
 from stepdistill.data.classes import class_cond
 from stepdistill.data.encoding import Latents, Texts, encoded
 from stepdistill.data.prompts import check_made_up
-from stepdistill.data.report import Bad, Report
+from stepdistill.data.report import Bad, Report, printable
 from stepdistill.data.rows import Row, checked_text, size_of
 from stepdistill.models.denoiser import Cond
 from stepdistill.models.families import Opened
@@ -190,9 +190,8 @@ class ImageSource(Data):
     def _told(self, report: Report) -> Told:
         def told(name: str, problem: Bad) -> None:
             if self.on_bad == "error":
-                raise ValueError(
-                    f"data: {name} cannot be used ({problem}); mend or remove it, or set data.on_bad to 'skip'"
-                ) from problem
+                cure = "mend or remove it, or set data.on_bad to 'skip'"
+                raise ValueError(f"data: {printable(name)} cannot be used ({problem}); {cure}") from problem
             report.skip(name, problem)
 
         return told

@@ -22,8 +22,15 @@ class Bad(ValueError):
     """
 
     def __init__(self, kind: str, detail: str = ""):
-        super().__init__(f"{kind}: {' '.join(detail.split())}" if detail else kind)
+        super().__init__(f"{kind}: {printable(detail)}" if detail else kind)
         self.kind = kind
+
+
+def printable(text: str, most: int = 300) -> str:
+    """A text of somebody else's on one line, without control characters; its end where it is long."""
+    line = " ".join(text.split())
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return escaped if len(escaped) <= most else f"...{escaped[-most:]}"
 
 
 class Report:
@@ -64,7 +71,7 @@ class Report:
         self._seen.add(name)
         self.reasons[problem.kind] += 1
         if len(self._examples) < LISTED:
-            self._examples.append({"row": name, "problem": str(problem)})
+            self._examples.append({"row": printable(name), "problem": str(problem)})
 
     def tell(self) -> None:
         """Bring data.json up to date, to within two per cent, and warn whenever the rows left out have doubled."""
