@@ -119,10 +119,12 @@ class Encoding(ABC, Generic[T]):
         if missing:
             turn = os.getpid() % len(missing) if self.store else 0
             opened, device = self.setting.opened, self.setting.device
-            with lent(opened, device, vae=self.vae), Progress(self.title, 0, len(missing) * at_once) as progress:
-                for start in (*missing[turn:], *missing[:turn]):
-                    found[start] = self(things[start : start + at_once])
-                    progress.advance(at_once)
+            groups = {start: things[start : start + at_once] for start in (*missing[turn:], *missing[:turn])}
+            total = sum(map(len, groups.values()))
+            with lent(opened, device, vae=self.vae), Progress(self.title, 0, total) as progress:
+                for start, group in groups.items():
+                    found[start] = self(group)
+                    progress.advance(len(group))
         good = [(start, found[start]) for start in starts if found[start] is not None]
         if not good:
             return None
