@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import diffusers
@@ -30,6 +30,9 @@ AT_ONCE = 64
 """Prompts encoded together."""
 PIXELS_AT_ONCE = 2**22
 """Of images that the autoencoder takes together, at most 64."""
+
+VERDICT = "bad"
+"""Name of the tensor, a text, that stands in the cache for a thing that cannot be used."""
 
 T = TypeVar("T")
 
@@ -91,45 +94,40 @@ class Encoding(ABC, Generic[T]):
         """What else the tensors depend on."""
         return []
 
-    def __call__(self, group: Sequence[T]) -> Encoded | None:
-        """A group's tensors, encoded where the cache has not all of them; None if none of them can be used."""
+    def __call__(self, group: Sequence[T]) -> Encoded:
+        """A group's tensors, encoded where the cache has not all of them."""
         keys = self._keys(group)
         found = {i: self.store.get(key) if self.store else None for i, key in keys.items()}
         if None in found.values():
             found |= self._made(group, keys, {i for i, tensors in found.items() if tensors is None})
-        members = [i for i in sorted(found) if found[i] is not None]
-        if not members:
-            return None
-        names = found[members[0]]
-        return Encoded({name: torch.stack([found[i][name] for i in members]) for name in names}, members)
+        return self._usable(group, found)
 
-    def all(self, things: Sequence[T], at_once: int) -> Encoded | None:
+    def all(self, things: Sequence[T], at_once: int) -> Encoded:
         """All of them in groups, from the cache or made now; the networks go back where they were.
 
         Several processes begin at different groups, so that they share the work by way of the cache.
         """
-        starts = range(0, len(things), at_once)
-        found: dict[int, Encoded | None] = {}
-        for start in starts:
-            group = things[start : start + at_once]
-            keys = self._keys(group)
-            if self.store and keys and all(map(self.store.has, keys.values())):
-                found[start] = self._stored(keys)
-        missing = [start for start in starts if found.get(start) is None]
+        groups = {start: things[start : start + at_once] for start in range(0, len(things), at_once)}
+        found: dict[int, Encoded] = {}
+        for start, group in groups.items() if self.store else ():
+            stored = {i: self.store.get(key) for i, key in self._keys(group).items()}
+            if None not in stored.values():
+                found[start] = self._usable(group, stored)
+        missing = [start for start in groups if start not in found]
         if missing:
             turn = os.getpid() % len(missing) if self.store else 0
-            opened, device = self.setting.opened, self.setting.device
-            groups = {start: things[start : start + at_once] for start in (*missing[turn:], *missing[:turn])}
-            total = sum(map(len, groups.values()))
-            with lent(opened, device, vae=self.vae), Progress(self.title, 0, total) as progress:
-                for start, group in groups.items():
-                    found[start] = self(group)
-                    progress.advance(len(group))
-        good = [(start, found[start]) for start in starts if found[start] is not None]
-        if not good:
-            return None
-        tensors = {name: torch.cat([part.tensors[name] for _, part in good]) for name in good[0][1].tensors}
-        return Encoded(tensors, [start + i for start, part in good for i in part.members])
+            total = sum(len(groups[start]) for start in missing)
+            with (
+                lent(self.setting.opened, self.setting.device, vae=self.vae),
+                Progress(self.title, 0, total) as progress,
+            ):
+                for start in (*missing[turn:], *missing[:turn]):
+                    found[start] = self(groups[start])
+                    progress.advance(len(groups[start]))
+        parts = [(start, found[start]) for start in groups if found[start].members]
+        names = parts[0][1].tensors if parts else ()
+        tensors = {name: torch.cat([part.tensors[name] for _, part in parts]) for name in names}
+        return Encoded(tensors, [start + i for start, part in parts for i in part.members])
 
     def _key(self, thing: T) -> str:
         content = hashlib.sha256(self.identity(thing)).hexdigest()
@@ -144,30 +142,34 @@ class Encoding(ABC, Generic[T]):
                 self.bad(thing, problem)
         return keys
 
-    def _stored(self, keys: dict[int, str]) -> Encoded | None:
-        found = {i: self.store.get(key) for i, key in keys.items()}
-        if None in found.values():
-            return None
-        return Encoded({n: torch.stack([f[n] for f in found.values()]) for n in found[min(found)]}, list(found))
+    def _usable(self, group: Sequence[T], found: Mapping[int, dict[str, Tensor]]) -> Encoded:
+        """The tensors of those that have no verdict against them; ``bad`` is told the verdicts."""
+        for i, tensors in found.items():
+            if VERDICT in tensors:
+                self.bad(group[i], Bad(*bytes(tensors[VERDICT].tolist()).decode().split(": ", 1)))
+        members = [i for i in sorted(found) if VERDICT not in found[i]]
+        names = found[members[0]] if members else ()
+        return Encoded({name: torch.stack([found[i][name] for i in members]) for name in names}, members)
 
-    def _made(self, group: Sequence[T], keys: dict[int, str], absent: set[int]) -> dict[int, dict[str, Tensor] | None]:
-        """What the absent members come to, None for those that cannot be used; the whole group is encoded."""
+    def _made(self, group: Sequence[T], keys: dict[int, str], absent: set[int]) -> dict[int, dict[str, Tensor]]:
+        """Tensors or verdicts of the absent members; the whole group is encoded."""
         ready: dict[int, Any] = {}
+        made: dict[int, dict[str, Tensor]] = {}
         for i in keys:
             try:
                 ready[i] = self.prepared(group[i])
             except Bad as problem:
-                self.bad(group[i], problem)
-        if not ready:
-            return {}
-        for name, part in companions(self.setting.opened).items():
-            if (name == "vae") == self.vae:
-                part.to(self.setting.device)  # to stay, unless they are lent
-        made = {name: value.cpu() for name, value in self.encode(list(ready.values())).items()}
-        rows = {i: {n: v[row] for n, v in made.items()} for row, i in enumerate(ready) if i in absent}
+                made[i] = {VERDICT: torch.tensor(list(str(problem).encode()), dtype=torch.uint8)}
+        if ready:
+            for name, part in companions(self.setting.opened).items():
+                if (name == "vae") == self.vae:
+                    part.to(self.setting.device)  # to stay, unless they are lent
+            tensors = {name: value.cpu() for name, value in self.encode(list(ready.values())).items()}
+            made |= {i: {name: value[row] for name, value in tensors.items()} for row, i in enumerate(ready)}
+        made = {i: made[i] for i in absent}
         if self.store:
-            self.store.put({keys[i]: tensors for i, tensors in rows.items()})
-        return rows
+            self.store.put({keys[i]: tensors for i, tensors in made.items()})
+        return made
 
 
 class Texts(Encoding[str]):
@@ -251,8 +253,8 @@ def encoded(
     each = sum(value.nbytes for value in first.values()) / len(unique[:AT_ONCE])
     if each * len(unique) > memory * 1e9:
         return lambda rows: to_device(encoding([texts[i] for i in rows.tolist()]).tensors, device)
-    rest = encoding.all(unique[AT_ONCE:], AT_ONCE)
-    table = to_device({k: torch.cat([v, rest.tensors[k]]) if rest else v for k, v in first.items()}, device)
+    rest = encoding.all(unique[AT_ONCE:], AT_ONCE).tensors
+    table = to_device({k: torch.cat([v, rest[k]]) if rest else v for k, v in first.items()}, device)
     place = {text: i for i, text in enumerate(unique)}
     entry = torch.tensor([place[text] for text in texts])
     return lambda rows: {k: v[entry[rows]] for k, v in table.items()}

@@ -21,6 +21,8 @@ from stepdistill.objective import Batch, Step
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
+TRIES = 2000
+"""Rows of a stream, beyond a batch's own, that may be bad before it counts as broken."""
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 """Of single files, by their suffix."""
 
@@ -91,7 +93,7 @@ class HubImages(ImageSource):
             return self._row(name, cells[self._told_by], lambda: image)
 
         report.opened(type(self).__name__, None)
-        of_number = self.batch_by_batch(row_at, size, setting, store, self._told(report))
+        of_number = self.batch_by_batch(row_at, size, setting, store, self._told(report), setting.batch + TRIES)
 
         def batch(step: Step) -> Batch:
             given = of_number(step.index)

@@ -19,14 +19,17 @@ from stepdistill.data.classes import class_cond
 from stepdistill.data.encoding import Latents, Texts, encoded
 from stepdistill.data.prompts import check_made_up
 from stepdistill.data.report import Bad, Report, printable
-from stepdistill.data.rows import Row, checked_text, size_of
+from stepdistill.data.rows import Row, check_size, checked_text, size_of
 from stepdistill.models.denoiser import Cond
 from stepdistill.models.families import Opened
 from stepdistill.models.families.base import Size
 from stepdistill.objective import Batch, Step
 
-TRIES = 20
-"""Batches' worth of rows in a row that may be bad before a source counts as broken."""
+
+class AllBad(ValueError):
+    """Not one row can be used."""
+
+
 Told = Callable[[str, Bad], None]
 """What is done about a bad row, by its name: it raises, or takes it down."""
 
@@ -54,7 +57,7 @@ class ImageSource(Data):
     """GB that it may take; what was used longest ago leaves first."""
     on_bad: Literal["error", "skip"] = field(default="error", kw_only=True)
     """What to do about a row that cannot be used (damaged, missing or too small an image, no caption): stop, or leave
-    it out and say how many, in the log and in data.json."""
+    it out and say how many, in the log and in data.json. Beyond ``memory`` damaged images are found as they come."""
     enlarge: float = field(default=2.0, kw_only=True)
     """Factor up to which an image may be enlarged to fill its size; one that needs more is too small."""
     buckets: Literal["none", "generated", "sdxl"] = field(default="none", kw_only=True)
@@ -100,7 +103,10 @@ class ImageSource(Data):
         for row in rows:
             try:
                 check_caption(row)
-                size = nearest(size_of(row), sizes) if len(sizes) > 1 else sizes[0]
+                size = sizes[0]
+                if len(sizes) > 1:
+                    size = nearest(size_of(row), sizes)
+                    check_size(size_of(row), size, self.enlarge)
                 shelves.setdefault(size, []).append(row)
             except Bad as problem:
                 told(row.name, problem)
@@ -111,11 +117,19 @@ class ImageSource(Data):
         report.opened(type(self).__name__, total)
         turn = taken_in_turn([count for count, _ in served], setting.batch, setting.seed)
 
+        empty: set[int] = set()  # buckets of bad rows alone, which nobody knows of beforehand beyond ``memory``
+
         def batch(step: Step) -> Batch:
-            bucket, number = turn(step.index)
-            given = served[bucket][1](number)
-            report.tell()
-            return given
+            first, number = turn(step.index)
+            for bucket in ((first + i) % len(served) for i in range(len(served))):
+                try:
+                    if bucket not in empty:
+                        return served[bucket][1](number)
+                except AllBad:
+                    empty.add(bucket)
+                finally:
+                    report.tell()
+            raise AllBad(f"data {type(self).__name__}: no row can be used; the first: {report.first()}")
 
         return batch
 
@@ -127,9 +141,10 @@ class ImageSource(Data):
         shape = setting.opened.family.sample_shape(setting.opened.pipeline, size)
         if len(rows) * math.prod(shape) * 4 > self.memory * 1e9:
             walk = walked(len(rows), setting.seed)
-            return len(rows), self.batch_by_batch(lambda i: rows[walk(i)], size, setting, store, told)
+            most = setting.batch + 2 * len(rows)  # all of them, wherever in an epoch one begins
+            return len(rows), self.batch_by_batch(lambda i: rows[walk(i)], size, setting, store, told, most)
         found = latents.all(rows, latents.at_once)
-        if found is None:
+        if not found.members:
             return None
         rows = [rows[i] for i in found.members]
         cond_of = self._conditions(rows, size, setting, store)
@@ -149,11 +164,13 @@ class ImageSource(Data):
         setting: Setting,
         store: Store | None,
         told: Told,
+        most: int,
     ) -> Callable[[int], Batch]:
         """Batches by number, encoded when they are asked for: batch k is made of rows k B, ..., k B + B - 1.
 
         In place of a bad row comes the first good one behind the batch, which has its own turn besides: so a batch
-        depends on its number and the data alone, and not on what was seen before.
+        depends on its number and the data alone, and not on what was seen before. A batch for which ``most`` rows do
+        not do raises AllBad.
         """
         latents = Latents(setting, store, size, lambda row, problem: told(row.name, problem), self.enlarge)
         texts = Texts(setting, store, size, lambda text, problem: None)
@@ -164,11 +181,11 @@ class ImageSource(Data):
             while len(rows) < n:
                 group = [row_at(at + i) for i in range(n - len(rows))]
                 at += len(group)
-                if at > (number + TRIES) * n + TRIES:
-                    raise ValueError(f"data {type(self).__name__}: {at - number * n} rows in a row cannot be used")
+                if at - number * n > max(most, n):
+                    raise AllBad(f"data {type(self).__name__}: among {most} rows there are not {n} that can be used")
                 group = [row for row in group if is_captioned(row, told)]
-                found = latents(group) if group else None
-                if found is not None:
+                found = latents(group)
+                if found.members:
                     parts.append(found.tensors["latents"])
                     rows += [group[i] for i in found.members]
             x0 = torch.cat(parts).to(setting.device)

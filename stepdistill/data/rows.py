@@ -114,6 +114,12 @@ def size_of(row: Row) -> Size:
     return image.size if turned else (image.size[1], image.size[0])
 
 
+def check_size(size: Size, wanted: Size, enlarge: float) -> None:
+    """Raise ``Bad`` if an image of that (height, width) would have to be enlarged by more than ``enlarge``."""
+    if max(wanted[0] / size[0], wanted[1] / size[1]) > enlarge:
+        raise Bad("too small", f"{size[1]}x{size[0]} pixels for {wanted[1]}x{wanted[0]}")
+
+
 def fitted(content: bytes | Tensor, size: Size, enlarge: float) -> Tensor:
     """An image, uint8 (3, H, W): upright, on white where it is transparent, scaled and cropped around the middle.
 
@@ -128,9 +134,7 @@ def fitted(content: bytes | Tensor, size: Size, enlarge: float) -> Tensor:
     height, width = size
     try:
         image = ImageOps.exif_transpose(opened_image(content))
-        factor = max(width / image.width, height / image.height)
-        if factor > enlarge:
-            raise Bad("too small", f"{image.width}x{image.height} pixels for {width}x{height}")
+        check_size((image.height, image.width), size, enlarge)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
