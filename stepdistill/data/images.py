@@ -6,6 +6,7 @@ import functools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,6 +26,9 @@ from stepdistill.models.families import Opened
 from stepdistill.models.families.base import Size
 from stepdistill.objective import Batch, Step
 
+FACTORS = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Pixels along a side of one number of a sample."""
+
 
 class AllBad(ValueError):
     """Not one row can be used."""
@@ -36,7 +40,14 @@ Told = Callable[[str, Bad], None]
 
 @torch.no_grad()
 def image_shape(opened: Opened) -> tuple[int, ...]:
-    """Shape of one decoded sample: (C, H, W), or (C, T, H, W) of a video."""
+    """Shape of one decoded sample: (C, H, W), or (C, T, H, W) of a video, for which one is decoded."""
+    vae, sides = companions(opened).get("vae"), opened.sample_shape[1:]
+    if vae is None:
+        return opened.sample_shape
+    for size in ((sides[0] * factor, sides[1] * factor) for factor in FACTORS if len(sides) == 2):
+        with suppress(ValueError):  # not this factor
+            if opened.family.sample_shape(opened.pipeline, size) == opened.sample_shape:
+                return vae.config.get("in_channels", 3), *size
     like = next(opened.denoiser.net.parameters())
     with lent(opened, like.device, vae=True):
         return tuple(opened.decode(torch.zeros(1, *opened.sample_shape, device=like.device)).shape[1:])

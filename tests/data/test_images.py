@@ -13,7 +13,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from stepdistill.build import build
-from stepdistill.data import Captioned, ClassFolders, Data, Prompts, Report, Setting, epochs
+from stepdistill.data import Captioned, ClassFolders, Data, Prompts, Report, Setting, epochs, image_shape
 from stepdistill.models.denoiser import OF_SIZE, Guided
 from stepdistill.models.families import Opened, open_pipeline
 from stepdistill.objective import Batch, Step
@@ -21,7 +21,7 @@ from stepdistill.objectives import CD, DMD2
 from stepdistill.recipe import Recipe, Teacher
 from stepdistill.sampling import Sampler, trailing
 from stepdistill.trainer import AdamW, Run
-from tests.tiny import dit, pixart, sd, sd3, sdxl, unet2d
+from tests.tiny import dit, flux, flux2, pixart, sana, sd, sd3, sdxl, unet2d
 
 SIZES = ((16, 16), (30, 18), (18, 30), (16, 17), (40, 22), (19, 30), (16, 16))
 """Widths and heights."""
@@ -63,6 +63,13 @@ def tiny_sd() -> Opened:
 def bucketed(folder: Path, **changes: object) -> Captioned:
     """With buckets of 256 pixels in steps of 4: 12x20, 16x16 and 20x12."""
     return Captioned(str(folder), buckets="generated", bucket_step=4, **changes)
+
+
+@pytest.mark.parametrize("family", [sd, sd3, sdxl, flux, flux2, dit, sana], ids=lambda f: f.__name__.rpartition(".")[2])
+@torch.no_grad()
+def test_an_images_shape_is_that_of_a_decoded_sample(family: object) -> None:
+    opened = open_pipeline(family.pipeline())
+    assert image_shape(opened) == opened.decode(torch.zeros(1, *opened.sample_shape)).shape[1:]
 
 
 # Buckets
@@ -222,8 +229,8 @@ def test_with_a_full_cache_no_encoder_is_moved_or_asked(
     for name in ("vae", "text_encoder"):
         monkeypatch.setattr(getattr(pipeline, name), "forward", None)
         monkeypatch.setattr(getattr(pipeline, name), "to", lambda *args: pytest.fail("moved"))
-    monkeypatch.setattr("stepdistill.data.images.image_shape", lambda opened: (3, 16, 16))  # decodes, on the spot
     monkeypatch.setattr(pipeline.vae, "encode", None)
+    monkeypatch.setattr(pipeline.vae, "decode", None)
     source = data.open(setting_of(tiny_sd, tmp_path / "cache"))
     for i, batch in enumerate(expected):
         assert torch.equal(source(Step.at(i)).x0, batch.x0)
