@@ -107,7 +107,7 @@ class TeacherPairs(Data):
     def _conditions(self, setting: Setting) -> Callable[[Tensor], Cond]:
         """From the numbers of trajectories (B,) to their conditions, each (B, ...) on the run's device."""
         if self.prompts is not None:
-            texts = self.prompts.texts(setting.report)
+            texts = self.prompts.reported(setting)
             of_text = encoded(texts, setting, self.prompts.memory, self.prompts.store(setting))
             return lambda rows: of_text(rows % len(texts))
         labels = torch.arange(self.count) % self.classes if self.classes else torch.arange(0)

@@ -52,6 +52,13 @@ class PromptSource(Data):
             ValueError: in one line, if they cannot be had.
         """
 
+    def reported(self, setting: Setting) -> list[str]:
+        """All prompts, with the run's books on them."""
+        report = setting.report or Report()
+        texts = self.texts(report)
+        report.opened(type(self).__name__, len(texts) + report.skipped)
+        return texts
+
     def store(self, setting: Setting) -> Store | None:
         """The cache on disk."""
         return store_in(self.cache, self.cache_gb, setting.cache)
@@ -62,9 +69,7 @@ class PromptSource(Data):
 
     def open(self, setting: Setting) -> Callable[[Step], Batch]:
         """See ``Data``."""
-        report = setting.report or Report()
-        texts = self.texts(report)
-        report.opened(type(self).__name__, len(texts) + report.skipped)
+        texts = self.reported(setting)
         cond_of = encoded(texts, setting, self.memory, self.store(setting))
         rows_of = epochs(len(texts), setting.batch, setting.seed)
         shape = (setting.batch, *setting.opened.sample_shape)

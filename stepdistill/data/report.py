@@ -55,9 +55,10 @@ class Report:
         return len(self._seen)
 
     def keep(self, path: Path) -> None:
-        """Write data.json there, now and whenever there is news."""
+        """Write data.json there, now and whenever there is news; nothing for sources that read no rows."""
         self.path = path
-        self.tell()
+        if self.source:
+            self.tell()
 
     def opened(self, source: str, rows: int | None) -> None:
         """Rows that a source has, good and bad; None where nobody knows, as in a stream."""
