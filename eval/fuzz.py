@@ -59,7 +59,7 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | TEXTS
 JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3), max_leaves=5)
 KEYS = st.sampled_from(["prompt", "text", "caption", "file_name", "x"])
 ROWS = st.dictionaries(KEYS, JSON, max_size=3).map(lambda row: json.dumps(row).encode())
-ODD_LINES = (b"[" * 3000, b'{"text": ' + b"9" * 5000 + b"}", b'{"text": "\\ud800"}', b"NaN", b"{", b"")
+ODD_LINES = (b"[" * 100_000, b'{"text": ' + b"9" * 5000 + b"}", b'{"text": "\\ud800"}', b"NaN", b"{", b"")
 LINES = st.just(b'{"text": "a blue square"}') | BYTES | ROWS | st.sampled_from(ODD_LINES)
 SUFFIXES = st.sampled_from([".png", ".jpg", ".txt", ".json", ".cls", "", ".seg.png"])
 
@@ -96,8 +96,12 @@ def pictures(draw: Draw) -> tuple[bytes, bool]:
 def prompts_file(draw: Draw, folder: Path) -> Ended:
     """Text and JSON lines of anything."""
     path = folder / draw(st.sampled_from(["p.jsonl", "p.txt"]))
-    path.write_bytes(b"\n".join(draw(st.lists(usually(b'{"text": "a cat"}', LINES, 0.5), max_size=6))))
-    return ended(Prompts(str(path), on_bad=draw(ON_BAD), memory=draw(MEMORY)), folder)
+    good = b'{"text": "a cat"}'
+    lines = draw(st.lists(usually(good, LINES, 0.5), max_size=6))
+    path.write_bytes(b"\n".join(lines))
+    whole = all(_is_text(line) for line in lines)  # a file that is no UTF-8 is refused as a whole
+    sure = lines.count(good) if whole and path.suffix == ".jsonl" else None
+    return ended(Prompts(str(path), on_bad=draw(ON_BAD), memory=draw(MEMORY)), folder, sure=sure)
 
 
 def image_folder(draw: Draw, folder: Path) -> Ended:
@@ -110,7 +114,7 @@ def image_folder(draw: Draw, folder: Path) -> Ended:
         caption = draw(usually(b"a cat", st.none() | BYTES))
         if caption is not None:
             path.with_suffix(".txt").write_bytes(caption)
-        sure += good and _is_caption(caption)
+        sure += good and caption is not None and _is_text(caption) and bool(caption.decode("utf-8-sig").strip())
     return ended(_captioned(draw, folder), folder, rows=len(images), sure=sure)
 
 
@@ -181,11 +185,12 @@ def _add(tar: tarfile.TarFile, name: str, raw: bytes, kind: bytes = tarfile.REGT
     tar.addfile(info, io.BytesIO(raw))
 
 
-def _is_caption(raw: bytes | None) -> bool:
+def _is_text(raw: bytes) -> bool:
     try:
-        return raw is not None and bool(raw.decode("utf-8-sig").strip())
+        raw.decode()
     except UnicodeDecodeError:
         return False
+    return True
 
 
 # How it ends

@@ -145,6 +145,9 @@ def test_files_are_taken_as_they_are_without_blank_lines(name: str, tmp_path: Pa
         ("a.jsonl", b'{"prompts": "x"}', "line 1: missing column: no prompt, text or caption"),
         ("a.jsonl", b'\n{"text": 3}', "line 2: caption is no text: 3"),
         ("a.jsonl", b'["x"]', "line 1: no object: must be"),
+        ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
+        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "line 1: not JSON"),
+        ("a.jsonl", b'{"text": "\\ud800"}', "line 1: caption is no Unicode: lone surrogate at character 0"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*are blank")

@@ -6,10 +6,12 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.testing import assert_close
 
 from stepdistill.build import build
@@ -205,6 +207,15 @@ def test_a_killed_fill_ends_with_the_same_bits(
     """Last bits depend on who is encoded together, so a half filled group is encoded whole again."""
     monkeypatch.setattr("stepdistill.data.encoding.AT_ONCE", 5)
 
+    asked: list[int] = []
+    encode = tiny_sd.pipeline.vae.encode
+
+    def counted(images: Tensor) -> Any:
+        asked.append(len(images))
+        return encode(images)
+
+    monkeypatch.setattr(tiny_sd.pipeline.vae, "encode", counted)
+
     def run(cache: Path) -> list[Batch]:
         source = Captioned(str(folder)).open(setting_of(tiny_sd, cache))
         return [source(Step.at(i)) for i in range(3)]
@@ -214,7 +225,9 @@ def test_a_killed_fill_ends_with_the_same_bits(
     for i, path in enumerate(sorted((tmp_path / "b").rglob("*.entry"))):
         if i % 3:
             path.unlink()
+    asked.clear()
     resumed = run(tmp_path / "b")
+    assert asked == [7]
     for one, other in zip(whole, resumed, strict=True):
         assert torch.equal(one.x0, other.x0) and torch.equal(one.cond["prompt"], other.cond["prompt"])
 
