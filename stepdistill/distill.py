@@ -54,9 +54,9 @@ class Distilled:
 def distill(recipe: Recipe, out: Path, *, resume: bool = True) -> Distilled:
     """Run a recipe, its warm starts first, into ``out``; or go on with it there.
 
-    ``out`` gets recipe.json, metrics.jsonl, checkpoints/, samples/ and pipeline/, and a pipeline-Kstep/ for each
-    further number of steps that its student serves; warm starts get the same under ``out/stages/``, oldest first. A
-    finished stage is not run again.
+    ``out`` gets recipe.json, data.json, metrics.jsonl, checkpoints/, samples/ and pipeline/, and a pipeline-Kstep/ for
+    each further number of steps that its student serves; warm starts get the same under ``out/stages/``, oldest first.
+    A finished stage is not run again.
 
     Under a launcher (accelerate, torchrun) every process calls this alike, and ``out`` lies where all can read it.
 
@@ -91,6 +91,8 @@ def distill(recipe: Recipe, out: Path, *, resume: bool = True) -> Distilled:
         distributed.on_main(lambda folder=folder, stage=stage: write_recipe(folder, stage))
         if not (folder / "recipe.json").is_file():
             raise ValueError(f"--out {out}: not the same folder for all processes; name one that they share")
+        if distributed.is_main():
+            built.report.keep(folder / "data.json")
         nets = _train(built, stage, folder)
         if sharded(stage.placement) or stage.placement.offload:  # its network is in pieces, or elsewhere
             opened = open_teacher(recipe.teacher)
