@@ -42,6 +42,7 @@ LAYERS = (
     "export",
     "generate",
     "distill",
+    "bench",
     "quickstart",
     "cli",
     "__main__",
