@@ -195,7 +195,8 @@ class Outcome:
     scores: dict[int, dict[str, Any]]
     """By seed: see ``measure_row``."""
     look: dict[str, Any]
-    seconds: float
+    seconds: list[float]
+    """Of one image, several timings."""
     device: str
 
 

@@ -17,7 +17,7 @@ from stepdistill.bench.measure import Asked, Outcome
 from stepdistill.bench.suite import Suite
 from stepdistill.checkpoint import write_atomically
 from stepdistill.evaluation.benchmark import records_of
-from stepdistill.evaluation.records import SECONDS, Record, brief_table, save_records, table_rows
+from stepdistill.evaluation.records import Record, brief_table, save_records, table_rows
 
 STAMP = "bench.json"
 """Says what the files beside it were made of, so that they are not made again."""
@@ -46,10 +46,10 @@ def records_from(outcomes: Sequence[Outcome]) -> list[Record]:
     records = []
     for one in outcomes:
         first = next(iter(one.scores.values()))
-        scores = [value["scores"] | {SECONDS: one.seconds} for value in one.scores.values()]
+        scores = [value["scores"] for value in one.scores.values()]
         row: dict[str, Any] = {key: first[key] for key in ("sampler", "nfe", "guidance", "versions", "date")}
         row |= {"subject": one.row.name, "role": one.row.role, "method": one.row.method, "steps": one.row.steps}
-        records += records_of(scores, first["protocols"], seeds=list(one.scores), device=one.device, **row)
+        records += records_of(scores, one.seconds, first["protocols"], seeds=list(one.scores), device=one.device, **row)
     table_rows(records)  # refuses what does not belong into one table
     return records
 

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from stepdistill.data import image_shape, lent
 from stepdistill.evaluation.digits import DigitsEvaluator
 from stepdistill.evaluation.features import to_uint8
-from stepdistill.evaluation.records import SECONDS, Record, device_name, records_from_scores
+from stepdistill.evaluation.records import SECONDS, Record, device_name, mean_and_ci95, records_from_scores
 from stepdistill.logging import Progress
 from stepdistill.models.denoiser import Cond, Guided
 from stepdistill.models.families import Opened
@@ -161,11 +162,12 @@ def _bench(
         seconds = seconds_per_image(predict, sampler, opened, cond, evaluator.n)
         for seed in seeds:
             images = all_pictures(predict, sampler, opened, cond, evaluator.n, seed=seed)
-            scores.append(evaluator.scores(images) | {SECONDS: seconds})
+            scores.append(evaluator.scores(images))
             progress.advance()
     return records_of(
         scores,
-        {metric: evaluator.protocol(metric) for metric in scores[0]},
+        seconds,
+        {metric: evaluator.protocol(metric) for metric in (*scores[0], SECONDS)},
         subject=subject,
         role=role,
         method=method,
@@ -211,20 +213,26 @@ def conditions(opened: Opened, evaluator: Evaluator, told: float | None = None) 
 
 
 def records_of(
-    scores: Sequence[Mapping[str, float]], protocols: Mapping[str, Mapping[str, int | str]], **row: Any
+    scores: Sequence[Mapping[str, float]],
+    seconds: Sequence[float],
+    protocols: Mapping[str, Mapping[str, int | str]],
+    **row: Any,
 ) -> list[Record]:
     """Records of one row of a table: one for each metric, under that metric's own protocol.
 
     Args:
         scores: {metric: value} of each seed.
-        protocols: of each metric, as ``Evaluator.protocol`` gives it.
+        seconds: several timings of one image, whose spread, not that of seeds, gives the interval.
+        protocols: of each metric and of ``SECONDS``, as ``Evaluator.protocol`` gives it.
         row: the other keywords of ``records_from_scores``.
     """
     records = []
-    for metric, protocol in protocols.items():
+    for metric in scores[0]:
         only = [{metric: score[metric]} for score in scores]
-        records += records_from_scores(scores_per_seed=only, **row, **protocol)
-    return records
+        records += records_from_scores(scores_per_seed=only, **row, **protocols[metric])
+    timed = [{SECONDS: statistics.median(seconds)}] * len(scores)
+    (record,) = records_from_scores(scores_per_seed=timed, **row, **protocols[SECONDS])
+    return [*records, replace(record, ci95=mean_and_ci95(seconds)[1])]
 
 
 @torch.no_grad()
@@ -261,8 +269,8 @@ def all_pictures(
         return torch.cat(list(pictures(predict, sampler, opened, cond, n, seed=seed)))
 
 
-def seconds_per_image(predict: Guided | Student, sampler: Sampler, opened: Opened, cond: Cond, n: int) -> float:
-    """Median of three timed batches of at most a hundred, decoded, after one that warms up."""
+def seconds_per_image(predict: Guided | Student, sampler: Sampler, opened: Opened, cond: Cond, n: int) -> list[float]:
+    """Of three timed batches of at most a hundred images, decoded, after one that warms up."""
     batch = min(100, n)
     part = {k: v[:batch] for k, v in cond.items()}
     times = []
@@ -272,4 +280,4 @@ def seconds_per_image(predict: Guided | Student, sampler: Sampler, opened: Opene
             for _ in pictures(predict, sampler, opened, part, batch, seed=0):
                 pass
             times.append((time.perf_counter() - start) / batch)
-    return statistics.median(times[1:])
+    return times[1:]

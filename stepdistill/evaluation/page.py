@@ -64,7 +64,7 @@ figcaption b { color: var(--text); font-weight: 600; }
 .plots { grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
 .curves { grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); }
 .grids img, .strip { width: 100%; max-width: 27rem; height: auto; image-rendering: pixelated; display: block; }
-.strip { width: auto; max-width: 100%; margin: 0.5rem 0; }
+.strip { width: auto; height: 5rem; max-width: 100%; object-fit: contain; object-position: left; margin: 0.5rem 0; }
 .slider { position: sticky; top: 0; z-index: 2; display: flex; flex-wrap: wrap; align-items: center; gap: 0.25rem 1rem;
   padding: 0.6rem 0; margin-bottom: 0.75rem; background: var(--ground); border-bottom: 1px solid var(--line); }
 .slider label { font-weight: 600; }
