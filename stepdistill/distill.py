@@ -27,6 +27,7 @@ from stepdistill.models.two_time import TwoTime
 from stepdistill.recipe import Recipe, Teacher
 from stepdistill.sampling import Ddim, Sampler, trailing
 from stepdistill.student import Student
+from stepdistill.validation import FILE, best_of, check_metric, read_lines, restore_best, validation_of
 
 PREVIEW_SEED = 1_000_003
 """Away from the seeds of evaluations."""
@@ -93,6 +94,7 @@ def _student_of(stages: list[Recipe], folders: list[Path], finished: int, opened
         return load_student(folder / "pipeline", opened=opened)
     trainer = build(stage, opened=opened, out=folder, cache=cache).trainer
     trainer.resume()
+    restore_best(stage.evaluation, folder, trainer.nets.ema)
     return trainer.nets.ema
 
 
@@ -117,6 +119,7 @@ def check(recipe: Recipe, opened: Opened) -> None:
         new_discriminator(opened, recipe.heads, Nets({"teacher": teacher, "critic": opened.denoiser}))
     if recipe.evaluation is not None:
         check_judged(opened)
+        check_metric(recipe.evaluation.keep_best)
     d = opened.denoiser
     if recipe.objective.two_time:
         TwoTime(d.net)  # refuses networks that it cannot tell
@@ -142,7 +145,7 @@ def claim(out: Path, recipe: Recipe, resume: bool) -> None:
     stored = out / "recipe.json"
     if not stored.is_file():
         raise ValueError(f"--resume {out}: no recipe.json there, so there is nothing to go on with")
-    if stored.read_text() != recipe.to_json():
+    if stored.read_text() != recipe.to_json() and Recipe.load(stored) != recipe:  # an older one may lack fields
         raise ValueError(
             f"--resume {out}: its recipe.json is another recipe ({_first_difference(stored.read_text(), recipe)}); "
             f"resume with: stepdistill distill {stored} --out {out} --resume"
@@ -165,7 +168,11 @@ def _train(built: Built, recipe: Recipe, folder: Path) -> Student:
     shown = to_show(opened, recipe.data, recipe.teacher)
     trainer.preview = lambda net, index: preview(net, opened, folder / "samples" / f"{index:06d}.png", shown)
     trainer.resume()
+    plan = recipe.evaluation
+    if plan is not None and plan.every:
+        trainer.watch = validation_of(plan, opened, folder, recipe.run.steps, trainer.index, told(recipe.teacher))
     trainer.fit()
+    restore_best(plan, folder, trainer.nets.ema)
     student, method = trainer.nets.ema, type(recipe.objective).__name__
     takes_scale = opened.family.guidance_input(network_of(student.net))
     scale = told(recipe.teacher) if takes_scale else None
@@ -230,10 +237,10 @@ def side_by_side(
     grids = [_grid("teacher, 50 steps", teacher, Sampler(trailing(50), Ddim()), opened, shown)]
     for title, student in students:
         k = student.sampler.steps
-        name = f"teacher, {k} step{'s' if k > 1 else ''}"
-        if name not in [grid.title for grid in grids]:
-            grids.append(_grid(name, teacher, Sampler(trailing(k), Ddim()), opened, shown))
-        grids.append(_grid(title, student, student.sampler, opened, shown))
+        if k not in [grid.steps for grid in grids if grid.title == "teacher"]:
+            beside = _grid("teacher", teacher, Sampler(trailing(k), Ddim()), opened, shown)
+            grids.append(beside._replace(steps=k))
+        grids.append(_grid(title, student, student.sampler, opened, shown)._replace(steps=k))
     return grids
 
 
@@ -270,6 +277,10 @@ def evaluate_and_report(runs: Sequence[tuple[str, Recipe, Distilled]], out: Path
         add_figures(done.pipeline, [r for r in records if r.subject in ("teacher", name)], seen[-1] if seen else None)
     save_records(out / "results.json", records)
     ceiling = [f"{metric_info(k).label} {v:.3g} {metric_info(k).unit}".strip() for k, v in evaluator.ceiling().items()]
+    notes = [f"Real images, measured the same way: {', '.join(ceiling)}."] if ceiling else []
+    if plan.every and plan.keep_best:
+        best = best_of(read_lines(out / FILE), plan.keep_best)
+        notes.append(f"The student is that of step {best:,}, the best by {metric_info(plan.keep_best).label}.")
     students = [(name, done.student) for name, _, done in runs]
     write_report(
         out,
@@ -278,6 +289,7 @@ def evaluate_and_report(runs: Sequence[tuple[str, Recipe, Distilled]], out: Path
         grids=side_by_side(students, opened, teacher, to_show(opened, recipe.data, recipe.teacher)),
         curves=out / "metrics.jsonl",
         load_code=load_lines(first.pipeline),
-        notes=f"Real images, measured the same way: {', '.join(ceiling)}." if ceiling else "",
+        notes="\n\n".join(notes),
+        evaluations=out / FILE if (out / FILE).is_file() else None,
     )
     return records

@@ -162,6 +162,8 @@ class Trainer:
         self.nets, self.objective, self.optimizers, self.data, self.run = nets, objective, dict(optimizers), data, run
         self.specs = dict(specs or {})
         self.preview = preview
+        self.watch: Callable[[torch.nn.Module, int], bool] | None = None
+        """Called with the averaged student and the steps done, before each step and at the end; True ends training."""
         self.averages = {"ema": run.ema, **objective.averages()}
         for name in self.averages:
             nets[name] = copy.deepcopy(nets.student).requires_grad_(False)
@@ -227,6 +229,8 @@ class Trainer:
         run = self.run
         with Progress(type(self.objective).__name__.lower(), self.index, run.steps) as progress, _interrupts() as stop:
             while self.index < run.steps and not stop:
+                if self.watch and self.watch(self.nets.ema, self.index):
+                    break
                 logs = self.step(self.index)
                 self.index += 1
                 self.metrics.add(logs)
@@ -240,6 +244,8 @@ class Trainer:
         self.save()
         if stop:
             raise KeyboardInterrupt
+        if self.watch:
+            self.watch(self.nets.ema, self.index)
         if self.preview:
             self.preview(self.nets.ema, self.index)
 

@@ -41,6 +41,7 @@ LAYERS = (
     "exported",
     "export",
     "generate",
+    "validation",
     "distill",
     "bench",
     "quickstart",

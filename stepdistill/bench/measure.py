@@ -54,12 +54,12 @@ class Asked:
 
 def asked_of(suite: Suite, rows: Sequence[Row], cache: Cache) -> list[Asked]:
     """What there is to know of each row, as facts to be looked up."""
-    judges = [project_dir("assets") / "digits" / "classifier.safetensors"]
-    judges += sorted(p for p in (project_dir("assets") / "shapes-judges").rglob("*") if p.is_file())
+    judges = _judges(suite)
     t = suite.teacher
     common = {
         "teacher": teacher_hash(t, cache),
         "asked_of_teacher": {"interval": t.interval, "negative": t.negative, "size": t.size, "range": t.guidance_range},
+        "judge": suite.judge.rpartition(":")[2],
         "judges": [cache.file_hash(p) for p in judges],
         "n": suite.n,
         "device": suite.device,
@@ -75,6 +75,18 @@ def asked_of(suite: Suite, rows: Sequence[Row], cache: Cache) -> list[Asked]:
         look = own | {"what": "look", "seed": SHOWN_SEED}
         found.append(Asked(row, scores, look, own | {"what": "time", "machine": machine}))
     return found
+
+
+def _judges(suite: Suite) -> list[Path]:
+    """Files that decide what an image is worth."""
+    if suite.judge:
+        files = [Path(suite.judge.rpartition(":")[0]), *map(Path, suite.judge_files)]
+        missing = next((path for path in files if not path.is_file()), None)
+        if missing:
+            raise FileNotFoundError(f"judge {suite.judge!r}: no file {missing}")
+        return files
+    shapes = project_dir("assets") / "shapes-judges"
+    return [project_dir("assets") / "digits" / "classifier.safetensors", *sorted(shapes.rglob("*.*"))]
 
 
 def measure(suite: Suite, asked: Sequence[Asked], cache: Cache, jobs: int) -> int:
@@ -109,7 +121,7 @@ def measure(suite: Suite, asked: Sequence[Asked], cache: Cache, jobs: int) -> in
 def measure_row(suite: Suite, asked: Asked, seeds: Sequence[int], look: bool, cache: Cache) -> int:
     """Measure one row at some seeds, and make its pictures; returns the number of outcomes."""
     sampled = open_row(asked.row, suite)
-    _, evaluator = open_suite(suite.teacher, suite.n, suite.device)
+    _, evaluator = open_suite(suite)
     for seed in seeds:
         images = all_pictures(sampled.predict, sampled.sampler, sampled.opened, sampled.cond, suite.n, seed=seed)
         value = _facts_of(sampled, evaluator) | {"scores": evaluator.scores(images)}

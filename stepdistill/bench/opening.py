@@ -20,6 +20,7 @@ from stepdistill.lora_files import find_lora
 from stepdistill.models.denoiser import Cond, Guided
 from stepdistill.models.families import Opened
 from stepdistill.recipe import Teacher
+from stepdistill.recipes import import_file, run_code
 from stepdistill.sampling import Sampler, trailing
 from stepdistill.stock import stock_times
 from stepdistill.student import Student
@@ -48,17 +49,36 @@ class Sampled:
 
 
 @lru_cache(maxsize=1)
-def open_suite(teacher: Teacher, n: int, device: str) -> tuple[Opened, Evaluator]:
-    """A suite's teacher and its benchmark; open once in each process."""
-    opened = open_teacher(teacher)
-    check_judged(opened)
-    opened.denoiser.to(device)
-    return opened, evaluator_for(opened, n)
+def open_suite(suite: Suite) -> tuple[Opened, Evaluator]:
+    """A suite's teacher and its benchmark; open once in each process.
+
+    Raises:
+        ValueError: if there is no benchmark for it.
+    """
+    opened = open_teacher(suite.teacher)
+    if suite.judge:
+        evaluator = _own_judge(suite, opened)
+    else:
+        check_judged(opened)
+        evaluator = evaluator_for(opened, suite.n)
+    opened.denoiser.to(suite.device)
+    return opened, evaluator
+
+
+def _own_judge(suite: Suite, opened: Opened) -> Evaluator:
+    path, _, name = suite.judge.rpartition(":")
+    make = getattr(import_file(Path(path), "judge"), name, None)
+    if make is None:
+        raise ValueError(f"judge {suite.judge!r}: no function {name} in {path}")
+    evaluator = run_code(lambda: make(opened, suite.n), f"judge {suite.judge!r}")
+    if evaluator.n != suite.n:
+        raise ValueError(f"judge {suite.judge!r}: judges n = {evaluator.n} images, and the suite has n = {suite.n}")
+    return evaluator
 
 
 @lru_cache(maxsize=2)
-def _asked(teacher: Teacher, n: int, device: str, told: float | None) -> Cond:
-    opened, evaluator = open_suite(teacher, n, device)
+def _asked(suite: Suite, told: float | None) -> Cond:
+    opened, evaluator = open_suite(suite)
     return conditions(opened, evaluator, told)
 
 
@@ -68,15 +88,15 @@ def open_row(row: Row, suite: Suite) -> Sampled:
     Raises:
         ValueError: if it is damaged, or no student of the suite's teacher.
     """
-    opened, evaluator = open_suite(suite.teacher, suite.n, suite.device)
+    opened, evaluator = open_suite(suite)
     if row.kind == "teacher":
         teacher = guided(opened, replace(suite.teacher, guidance=row.guidance, guidance_range=None))
         sampler = Sampler(trailing(row.steps), row.rule)
-        return Sampled(teacher, sampler, opened, _asked(suite.teacher, suite.n, suite.device, None), row.guidance)
+        return Sampled(teacher, sampler, opened, _asked(suite, None), row.guidance)
     if row.kind == "exported":
         student = load_student(row.source, opened=opened).to(suite.device)
         takes = opened.family.guidance_input(student.net)
-        cond = _asked(suite.teacher, suite.n, suite.device, told(row, suite.teacher) if takes else None)
+        cond = _asked(suite, told(row, suite.teacher) if takes else None)
         if takes or row.guidance in (0, 1):
             return Sampled(student, student.sampler, opened, cond, 1.0)
         return Sampled(Guided(student, row.guidance, opened.null), student.sampler, opened, cond, row.guidance)

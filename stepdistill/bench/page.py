@@ -114,8 +114,14 @@ def _note(one: Outcome, rows: Sequence[Row]) -> str:
     return f"{label} {value} {unit}".strip() + f", {cost}"
 
 
+def _asked(value: dict[str, Any]) -> int:
+    return len(value["right"])
+
+
 def _share(one: Outcome, rows: Sequence[Row]) -> str:
     """How many are right, as the table shows it."""
     cells = _row(one, rows).cells
-    metric = next(m for m in ("accuracy", "alignment") if m in cells)
+    metric = next((m for m in ("accuracy", "alignment") if m in cells), None)
+    if metric is None:
+        return f"{sum(v['right'].count('1') for v in one.scores.values())} of {sum(map(_asked, one.scores.values()))}"
     return f"{format_value(cells[metric].value, cells[metric].ci95)} %"

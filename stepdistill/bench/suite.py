@@ -65,6 +65,11 @@ class Suite:
     """Sampling seeds; two or more give error bars."""
     n: int = 5000
     """Images per seed; Frechet distances of different n never compare."""
+    judge: str = ""
+    """For a teacher of your own: ``file.py:function``, a function that takes the opened teacher and ``n`` and returns
+    an ``Evaluator``; empty takes the bundled benchmark that fits the teacher."""
+    judge_files: tuple[str, ...] = ()
+    """Files that decide what ``judge`` says (weights, reference statistics, prompts): a change measures anew."""
     device: str = "cpu"
     """Where to sample: cpu, cuda, cuda:1, mps."""
 
@@ -82,6 +87,8 @@ class Suite:
             raise ValueError(f"seeds must be different numbers from 0 to 2^31 - 1; got {list(self.seeds)}")
         if self.n <= NEIGHBOURS:
             raise ValueError(f"n must be larger than {NEIGHBOURS}, the neighbours looked at; got {self.n}")
+        if self.judge and not re.fullmatch(r".+\.py:\w+", self.judge):
+            raise ValueError(f"judge must be file.py:function, or empty for the bundled benchmarks; got {self.judge!r}")
         names = [s.name for s in self.students if s.name]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

@@ -33,7 +33,7 @@ COLOURS = ("#2f81c7", "#d9662b", "#2a9d78", "#b65fa3", "#c2931c", "#7b7fd6", "#c
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 FRONT = "#2a9d78"
 DASHES = ("-", "--", "-.", ":")
-QUALITY = ("fd", "pix", "fd_clip", "kid", "alignment", "clip_score")
+QUALITY = ("fd", "pix", "fd_clip", "fid", "frechet", "kid", "alignment", "clip_score")
 """What is worth plotting against steps."""
 DIVERSITY = ("recall", "coverage", "vendi")
 """What quality is held against, the first of these that was measured."""
