@@ -170,7 +170,8 @@ def _train(built: Built, recipe: Recipe, folder: Path) -> Student:
     trainer.resume()
     plan = recipe.evaluation
     if plan is not None and plan.every:
-        trainer.watch = validation_of(plan, opened, folder, recipe.run.steps, trainer.index, told(recipe.teacher))
+        at = {"steps": recipe.run.steps, "done": trainer.index}
+        trainer.watch = validation_of(plan, opened, folder, told=told(recipe.teacher), **at)
     trainer.fit()
     restore_best(plan, folder, trainer.nets.ema)
     student, method = trainer.nets.ema, type(recipe.objective).__name__

@@ -77,9 +77,8 @@ class Validation:
             found = self.scores(student.eval())
         student.train(training)
         if self.plan.keep_best and self.plan.keep_best not in found:
-            raise ValueError(
-                f"evaluation.keep_best: {self.plan.keep_best!r} is not measured here{suggest(self.plan.keep_best, found)}"
-            )
+            metric = self.plan.keep_best
+            raise ValueError(f"evaluation.keep_best: {metric!r} is not measured here{suggest(metric, found)}")
         self.lines.append({"step": index, **found})
         if self.plan.keep_best and self.best_step() == index:
             state = {name: value.detach().cpu().clone() for name, value in student.state_dict().items()}
@@ -102,7 +101,7 @@ class Validation:
 
 
 def validation_of(
-    plan: Evaluation, opened: Opened, folder: Path, steps: int, done: int, told: float | None
+    plan: Evaluation, opened: Opened, folder: Path, *, steps: int, done: int, told: float | None
 ) -> Validation:
     """The benchmark that fits the teacher, to be asked during training.
 
@@ -163,7 +162,7 @@ def best_of(lines: Sequence[Scores], metric: str) -> int:
 
 
 def read_lines(path: Path) -> list[Scores]:
-    """The lines of an ``evaluations.jsonl``; none where there is no file. The torn last line of a killed run is left."""
+    """The lines of an ``evaluations.jsonl``, without a torn last one; none where there is no file."""
     if not path.is_file():
         return []
     lines = []
