@@ -35,6 +35,8 @@ SHOWN_SEED = 1_000_003
 """Of pictures to look at; away from the seeds of evaluations."""
 SMALL = 4096
 """Numbers in a sample up to which forty are shown together; of larger ones four are."""
+START = "spawn"
+"""How processes begin: with nothing of this one's, since forked threads and devices do not survive."""
 FAILURES = 10
 """Pictures kept of what went wrong, of the first seed."""
 
@@ -171,7 +173,7 @@ def _failures(images: Tensor, right: Tensor) -> dict[str, Any] | None:
 def _in_processes(suite: Suite, missing: Sequence[tuple], cache: Cache, jobs: int, progress: Progress) -> None:
     before = set(multiprocessing.active_children())
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(START)
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=(threads,)) as pool:
         try:
             pending = [pool.submit(_in_process, suite, one, seeds, look, cache.folder) for one, seeds, look in missing]

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.bench.measure import Outcome
-from stepdistill.evaluation.plots import figures_of, save_figure
+from stepdistill.checkpoint import write_atomically
 from stepdistill.evaluation.records import Record, Row, format_value, metric_info, metrics_of, table_rows
-from stepdistill.evaluation.report import Failures, Panel, write_report
+from stepdistill.evaluation.report import Failures, Panel, drawn, write_report
 
 WORST = 8
 """Of what is asked, those listed for each student."""
@@ -20,6 +20,7 @@ def write_page(
     out: Path, outcomes: Sequence[Outcome], records: Sequence[Record], notes: Sequence[str], *, title: str
 ) -> list[str]:
     """Write ``report/index.html`` and ``plots/*.svg``; returns their names below ``out``."""
+    plots = drawn(records)
     write_report(
         out,
         title=title,
@@ -28,11 +29,12 @@ def write_page(
         curves=None,
         left_out=notes,
         failures=failures_of(outcomes, records),
+        plots=plots,
     )
     made = ["report/index.html"]
-    for caption, figure in figures_of(records):
+    for caption, svg in plots:
         name = f"plots/{'-'.join(''.join(c if c.isalnum() else ' ' for c in caption.lower()).split())}.svg"
-        save_figure(figure, out / name)
+        write_atomically(out / name, lambda aside, svg=svg: aside.write_text(svg, encoding="utf-8"))
         made.append(name)
     return made
 

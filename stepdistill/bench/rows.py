@@ -112,8 +112,10 @@ def _student_rows(
                 for identity in [cache.folder_hash(folder)]
             ]
             return rows, [row.steps for row in rows]
-    source = subject.source or suite.teacher.source
-    identity, trained = _pipeline_hash(source, cache), None
+    source, trained = subject.source or suite.teacher.source, None
+    identity = _pipeline_hash(source, cache)
+    if not source.startswith("bundled:"):
+        source = str(pipeline_folder(source))  # of a hub id the files that the hash is of
     if subject.lora:
         file = find_lora(Path(subject.lora))
         identity += ":" + cache.file_hash(file)

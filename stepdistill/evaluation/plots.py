@@ -70,13 +70,7 @@ def quality_plot(records: Sequence[Record], path: Path) -> None:
         figure = _figure(series, 4.4 * len(metrics))
         for ax, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
             _draw_against_steps(ax, series, metric)
-    save_figure(figure, path)
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a figure, on white, in the format of the path's suffix; whole or not at all."""
-    buffer = io.BytesIO()
-    with _style():
+        buffer = io.BytesIO()
         figure.savefig(buffer, format=path.suffix[1:], dpi=200, facecolor="white")
     write_atomically(path, lambda aside: aside.write_bytes(buffer.getvalue()))
 
@@ -184,19 +178,23 @@ def training_figures(metrics_jsonl: Path) -> list[tuple[str, Figure]]:
     return figures
 
 
-def inline_svg(figure: Figure, prefix: str, label: str) -> str:
-    """The figure as an ``<svg>`` element: scalable, in the page's text colour, without links, named for screen readers.
-
-    Args:
-        figure: to be drawn.
-        prefix: put before every id, since ids must be unique on a page.
-        label: what the picture shows.
-    """
+def svg_of(figure: Figure) -> str:
+    """The figure as an SVG file's text, to be seen on white."""
     buffer = io.StringIO()
     with _style():
         figure.savefig(buffer, format="svg", transparent=True)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
+    return buffer.getvalue().replace("<svg ", '<svg style="background: white" ', 1)
+
+
+def inline_svg(svg: str, prefix: str, label: str) -> str:
+    """``svg_of`` as an element of a page: scalable, in its text colour, without links, named for screen readers.
+
+    Args:
+        svg: the file's text.
+        prefix: put before every id, since ids must be unique on a page.
+        label: what the picture shows.
+    """
+    svg = svg[svg.index("<svg") :].replace(' style="background: white"', "", 1)
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\s(xmlns(:xlink)?|version)="[^"]*"', "", svg)
     svg = svg.replace("xlink:href=", "href=").replace(INK, "currentColor")

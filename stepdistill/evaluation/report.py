@@ -20,7 +20,7 @@ from torch.nn.functional import avg_pool2d
 
 from stepdistill.checkpoint import write_atomically
 from stepdistill.evaluation.page import CSS, JS, PAGE
-from stepdistill.evaluation.plots import figures_of, inline_svg, quality_plot, training_figures
+from stepdistill.evaluation.plots import figures_of, inline_svg, quality_plot, svg_of, training_figures
 from stepdistill.evaluation.records import (
     SECONDS,
     Record,
@@ -171,6 +171,7 @@ def write_report(
     left_out: Sequence[str] = (),
     failures: Sequence[Failures] = (),
     evaluations: Path | None = None,
+    plots: Sequence[tuple[str, str]] | None = None,
 ) -> Path:
     """Writes ``report/index.html`` in the run's directory and returns its path.
 
@@ -185,6 +186,7 @@ def write_report(
         left_out: remarks below the table.
         failures: where students fail most.
         evaluations: evaluations within training, ``evaluations.jsonl``.
+        plots: captions and SVG, where they are drawn already.
 
     Raises:
         FileNotFoundError: if ``curves`` names no file.
@@ -202,7 +204,7 @@ def write_report(
         _section("Results", _table(records) + _table_caption(records) + _list(left_out)),
         _section("Samples", _grids([panel_of(g) if isinstance(g, Grid) else g for g in grids])) if grids else "",
         _section("Where students fail", _failures(failures)) if failures else "",
-        _section("Plots", _plots(records)),
+        _section("Plots", _plots(drawn(records) if plots is None else plots)),
         training,
         _section("Load it", f"<pre><code>{escape(load_code.strip())}</code></pre>") if load_code else "",
         _section("Protocol", _protocol(records)),
@@ -351,17 +353,21 @@ def _failures(failures: Sequence[Failures]) -> str:
     return note + "".join(blocks)
 
 
-def _plots(records: Sequence[Record]) -> str:
-    plots = figures_of(records)
+def drawn(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """Captions and SVG of all figures that records have numbers for."""
+    return [(caption, svg_of(figure)) for caption, figure in figures_of(records)]
+
+
+def _plots(plots: Sequence[tuple[str, str]]) -> str:
     if not plots:
         return "<p>No metric here is plotted.</p>"
     figures = []
-    for i, (caption, figure) in enumerate(plots):
-        svg = inline_svg(figure, f"plot{i}", f"{caption}; the values are in the table of results")
+    for i, (caption, picture) in enumerate(plots):
+        svg = inline_svg(picture, f"plot{i}", f"{caption}; the values are in the table of results")
         figures.append(f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>")
     note = (
         "Dark lines: the teacher, one for each solver. Points: students; those with equally many steps stand side by "
-        "side. Numbers beside points: steps. Bars: 95 % intervals. Shaded steps: what nobody beats in both."
+        "side. Numbers beside points: steps. Bars: 95 % intervals. Broad pale line: what nobody beats in both."
     )
     return f'<div class="plots">{"".join(figures)}</div><p class="small">{note}</p>'
 
@@ -369,7 +375,7 @@ def _plots(records: Sequence[Record]) -> str:
 def _training(curves: Path, prefix: str) -> str:
     figures = []
     for i, (name, figure) in enumerate(training_figures(curves)):
-        svg = inline_svg(figure, f"{prefix}{i}", f"{name} against training step")
+        svg = inline_svg(svg_of(figure), f"{prefix}{i}", f"{name} against training step")
         figures.append(f"<figure><figcaption>{escape(name)}</figcaption>{svg}</figure>")
     return f'<div class="curves">{"".join(figures)}</div>'
 
