@@ -105,6 +105,8 @@ def measure(suite: Suite, asked: Sequence[Asked], cache: Cache, jobs: int) -> in
         if seeds or look:
             missing.append((one, seeds, look))
     untimed = [one for one in asked if cache.load(key_of(one.time)) is None]
+    if missing or untimed:
+        open_suite(suite)  # so that a teacher that cannot be judged is found before anything begins
     with Progress("bench", 0, sum(len(seeds) + look for _, seeds, look in missing) + len(untimed)) as progress:
         if jobs > 1 and len(missing) > 1:
             _in_processes(suite, missing, cache, min(jobs, len(missing)), progress)

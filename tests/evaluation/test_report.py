@@ -157,12 +157,13 @@ def test_pictures_have_words(page):
         "Teacher <50>: 6 images in rows of 3",
         "Student: 6 images in rows of 3",
     ]
-    # fd and pix against steps, precision against recall, fd against time, and three training curves.
+    # fd and pix against steps, the rest against one another, and three training curves
     assert [plot["aria-label"].split(";")[0] for plot in plots] == [
         "FD against steps",
         "Pixel FD against steps",
         "Precision against recall",
         "FD against time",
+        "FD against recall",
         "kd: student/mse against training step",
         "dmd2: critic/loss against training step",
         "dmd2: disc/loss against training step",
@@ -351,4 +352,4 @@ def test_large_images_are_reduced_on_the_page_only(tmp_path, records):
     data = re.search(r"data:image/png;base64,([^\"]+)", text).group(1)
     shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
     assert shown.shape[:2] == (256, 256) and (shown[..., :3] == 100).all()
-    assert "big (shown at 1/2 of their size)" in text
+    assert "<b>big</b> (shown at 1/2 of their size)" in text
