@@ -114,8 +114,8 @@ def test_of_equals_the_first_is_best() -> None:
 def test_metrics_and_weights_that_cannot_serve_are_named(tmp_path: Path) -> None:
     check_metric("")
     check_metric("fd")
-    with pytest.raises(ValueError, match="keep_best: 'recal' has no known direction; did you mean 'recall'"):
-        check_metric("recal")
+    with pytest.raises(ValueError, match="keep_best: 'recll' has no known direction; did you mean 'recall'"):
+        check_metric("recll")
     with pytest.raises(ValueError, match="keep_best: 'kid' is not measured here; there are fd, recall"):
         Validation(replace(PLAN, keep_best="kid"), scripted(CURVE), tmp_path, 10, 0)(Net(), 0)
     walk(Validation(PLAN, scripted(CURVE), tmp_path, 4, 0), Net(), 0, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -147,3 +148,13 @@ def test_worst_is_what_is_furthest_behind_the_teacher(outcomes: list[Outcome]) -
     one = next(f for f in failures_of(outcomes, records_from(outcomes)) if (f.subject, f.steps) == ("both", 4))
     assert one.worst == (("digit <1>", 8, 10, 10, 10),) and one.captions == ("digit <1>",)
     assert one.share == "90 ± 0 %"
+
+
+def test_what_the_teacher_fails_at_as_well_is_not_the_students_worst(outcomes: list[Outcome]) -> None:
+    def with_right(one: Outcome, right: str) -> Outcome:
+        return replace(one, scores={seed: value | {"right": right} for seed, value in one.scores.items()})
+
+    # of "digit 0" (even places) both get 2 of 5 right, of "digit <1>" the student 4 and the teacher 5
+    student, long_run = with_right(outcomes[-1], "0101011110"), with_right(outcomes[0], "0101011111")
+    (found,) = failures_of([long_run, student], records_from([long_run, student]))
+    assert found.worst == (("digit <1>", 8, 10, 10, 10), ("digit 0", 4, 10, 4, 10))

@@ -55,7 +55,7 @@ def test_names_files_and_runs_are_told_apart(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("Suite(techer=Teacher('x'))", "'techer' is no field of Suite; did you mean 'teacher'"),
+        ("Suite(teachr_=Teacher('x'))", "'teachr_' is no field of Suite; did you mean 'teacher'"),
         ("Suite(Teacher('x'), (Subject('a', stepps=(1,)),))", "'stepps' is no field of Subject; did you mean 'steps'"),
         ("Suite(Teacher('x', gidance=2.0))", "'gidance' is no field of Teacher; did you mean 'guidance'"),
         ("Suite(Teacher('x'), steps=(0,))", r"steps must be different step counts from 1; got \[0\]"),
@@ -85,7 +85,7 @@ def test_what_is_wrong_in_a_file_is_one_line(text: str, message: str, tmp_path: 
         ({"stepz": [1]}, r"suite\.stepz: no such field of Suite; did you mean 'steps'"),
         ({"n": "many"}, r"suite\.n: expected int, got 'many'"),
         ({"solvers": [{"type": "Huen"}]}, r"suite\.solvers\[0\]: 'Huen' is no StepRule; did you mean 'Heun'"),
-        ({"students": [{"source": "a", "nam": "b"}]}, r"suite\.students\[0\]\.nam: no such field .* 'name'"),
+        ({"students": [{"source": "a", "nmae": "b"}]}, r"suite\.students\[0\]\.nmae: no such field .* 'name'"),
     ],
 )
 def test_what_is_wrong_in_json_is_one_line(change: dict, message: str, tmp_path: Path) -> None:
