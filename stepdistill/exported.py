@@ -91,7 +91,7 @@ def load_student(path: str | Path, *, opened: Opened | None = None) -> Student:
     found = stock_times(scheduler, schedule, steps, family.passes_sigmas)
     if not np.allclose(found, times, rtol=1e-4, atol=1e-5):
         raise ValueError(f"{path}: its scheduler yields the times {found}, not the trained {list(times)}; export again")
-    sampler = Sampler(times, _rule(scheduler, record or index))
+    sampler = Sampler(times, rule_of(scheduler, record or index))
     student = Student(sampler, net.eval(), schedule, family.kind(scheduler), family.call(scheduler))
     if opened is not None:
         shape = family.sample_shape(stand_in(net, scheduler), None) if record is None else tuple(record["shape"])
@@ -146,12 +146,21 @@ def network_part(path: Path, index: dict[str, Any]) -> str:
     return found[0]
 
 
-def _rule(scheduler: SchedulerMixin, record: dict[str, Any]) -> StepRule:
+def rule_of(scheduler: SchedulerMixin, record: dict[str, Any]) -> StepRule:
+    """How a student's scheduler makes a step; ``record`` may hold TCD's gamma.
+
+    Raises:
+        ValueError: for a scheduler that no student has.
+    """
     if isinstance(scheduler, LCMScheduler | CMStochasticIterativeScheduler):
         return Renoise()
     if isinstance(scheduler, TCDScheduler):
         gamma = record.get("gamma")
         return Tcd(0.3 if gamma is None else gamma, scheduler.config.num_train_timesteps)  # 0.3: TCDScheduler.step's
+    if not isinstance(scheduler, tuple(_SCHEDULERS.values())):
+        raise ValueError(
+            f"{type(scheduler).__name__} is no student's scheduler; students have {', '.join(_SCHEDULERS)}"
+        )
     return Renoise() if scheduler.config.get("stochastic_sampling") else Ddim()
 
 

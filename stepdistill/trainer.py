@@ -101,6 +101,8 @@ class Trainer:
         self.specs = dict(specs or {})
         self.placed = placed or Placed()
         self.preview = preview
+        self.watch: Callable[[torch.nn.Module, int], bool] | None = None
+        """Called with the averaged student and the steps done, before each step and at the end; True ends training."""
         self.averages = {"ema": run.ema, **objective.averages()}
         add_averages(nets, self.averages)
         self.part = Part(distributed.rank(), distributed.world(), distributed.share(run.batch))
@@ -202,6 +204,8 @@ class Trainer:
         stopped = False
         with Progress(title, self.index, run.steps) as progress, _interrupts() as stop, self._writing():
             while self.index < run.steps and not stopped:
+                if self._watched():
+                    break
                 logs = self.step(self.index)
                 self.index += 1
                 self.metrics.add(logs)
@@ -219,6 +223,7 @@ class Trainer:
         trackers.close()
         if stopped:
             raise KeyboardInterrupt
+        self._watched()
         self._show()
 
     @contextmanager
@@ -231,6 +236,12 @@ class Trainer:
                 self.checkpoints.join()
         if self.checkpoints is not None:
             self.checkpoints.finish()
+
+    def _watched(self) -> bool:
+        if self.watch is None:
+            return False
+        with self.placed.awake("ema"):
+            return self.watch(self.nets.ema, self.index)
 
     def _show(self) -> None:
         if self.preview:
