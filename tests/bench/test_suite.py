@@ -85,7 +85,7 @@ def test_what_is_wrong_in_a_file_is_one_line(text: str, message: str, tmp_path: 
         ({"stepz": [1]}, r"suite\.stepz: no such field of Suite; did you mean 'steps'"),
         ({"n": "many"}, r"suite\.n: expected int, got 'many'"),
         ({"solvers": [{"type": "Huen"}]}, r"suite\.solvers\[0\]: 'Huen' is no StepRule; did you mean 'Heun'"),
-        ({"students": [{"source": "a", "nmae": "b"}]}, r"suite\.students\[0\]\.nmae: no such field .* 'name'"),
+        ({"students": [{"source": "a", "named": "b"}]}, r"suite\.students\[0\]\.named: no such field .* 'name'"),
     ],
 )
 def test_what_is_wrong_in_json_is_one_line(change: dict, message: str, tmp_path: Path) -> None:
