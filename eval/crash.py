@@ -22,7 +22,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,8 +119,9 @@ def trial(number: int, world: int, folder: Path, reference: dict) -> dict[str, o
         seen: set[str] = set()
         while any(p.is_alive() for p in processes):
             if saving:
-                seen |= {f"{p.name} {p.stat().st_ino}" for p in _written(out)}
-                if len(seen) >= parts and list(_written(out)):
+                being_written = _written(out)
+                seen |= being_written
+                if len(seen) >= parts and being_written:
                     break
             elif time.monotonic() - begun > moment:
                 break
@@ -142,9 +143,9 @@ def trial(number: int, world: int, folder: Path, reference: dict) -> dict[str, o
     return {"trial": number, "processes": world, "kills": kills, "equal": equal} | ({} if equal else {"found": found})
 
 
-def _written(out: Path) -> Iterator[Path]:
-    with suppress(OSError):
-        yield from (p for p in (out / "checkpoints").glob(".*.part") if p.exists())
+def _written(out: Path) -> set[str]:
+    """Checkpoints that are half there."""
+    return {path.name for path in (out / "checkpoints").glob(".*.part")}
 
 
 @contextmanager
