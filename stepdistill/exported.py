@@ -113,7 +113,9 @@ def _student(net: nn.Module, family: Family, scheduler: SchedulerMixin, record: 
     schedule, times = family.schedule(scheduler), tuple(record["times"])
     found = stock_times(scheduler, schedule, len(times), family.passes_sigmas)
     if not np.allclose(found, times, rtol=1e-4, atol=1e-5):
-        raise ValueError(f"{where}: its scheduler yields the times {found}, not the trained {list(times)}; export again")
+        raise ValueError(
+            f"{where}: its scheduler yields the times {found}, not the trained {list(times)}; export again"
+        )
     sampler = Sampler(times, rule_of(scheduler, record))
     return Student(sampler, net, schedule, family.kind(scheduler), family.call(scheduler))
 

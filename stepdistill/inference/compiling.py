@@ -21,8 +21,9 @@ def check_compiler(device: torch.device) -> None:
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
-        raise ValueError("compile: torch.compile needs a C++ compiler such as g++; install one, or leave compile out") \
-            from error
+        raise ValueError(
+            "compile: torch.compile needs a C++ compiler such as g++; install one, or leave compile out"
+        ) from error
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise ValueError("compile: torch.compile needs triton on a GPU; install it, or leave compile out")
 

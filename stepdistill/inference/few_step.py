@@ -1,7 +1,7 @@
-"""A few-step sampler as one function of tensors: static shapes, no draws, no branches on data, no waiting for a device.
+"""A few-step sampler as one function of tensors: static shapes, no draws, no branches on data, no host syncs.
 
-Every rule that students are exported with (DDIM, re-noising, TCD) makes ``x <- a x + b net(x, t) + c z`` of a step, with
-coefficients that depend on the two times alone. They are computed once, in float64.
+Every rule that students are exported with (DDIM, re-noising, TCD) makes ``x <- a x + b net(x, t) + c z`` of a step,
+with coefficients that depend on the two times alone. They are computed once, in float64.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ class FewStep:
         if self.guidance == 1.0:
             return cond
         if not null:
-            raise ValueError(f"guidance {self.guidance} needs a null condition, and this student has none; leave it out")
+            raise ValueError(
+                f"guidance {self.guidance} needs a null condition, and this student has none; leave it out"
+            )
         return {k: torch.cat([null[k].to(v).expand_as(v), v]) for k, v in cond.items()}
 
     def table(self, batch: int, device: torch.device) -> tuple[Tensor, list[tuple[Tensor, ...]]]:

@@ -65,7 +65,8 @@ class PromptCache:
 
     def _tokenizer_state(self) -> list[tuple[int, int]]:
         found = [getattr(self.pipeline, name) for name in self.pipeline.config if name.startswith("tokenizer")]
-        return [(id(t), len(t)) for t in found if t is not None]
+        inner = [getattr(t, "tokenizer", t) for t in found if t is not None]  # of processors
+        return [(id(t), len(t)) for t in inner]  # tokens may be added in place
 
     def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable | None:
         """All arguments by value; None where there is one whose value is not known from outside."""

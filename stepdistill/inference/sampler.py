@@ -60,7 +60,7 @@ class StudentSampler:
         rngs: Sequence[torch.Generator],
         *,
         guidance_scale: float | None = None,
-        negative_prompt: str | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
     ) -> Tensor:
         """A batch of samples, the same as the pipeline's own call makes, to rounding.
 
@@ -68,10 +68,10 @@ class StudentSampler:
             wanted: prompts, class labels, or how many.
             rngs: one for each sample.
             guidance_scale: None is the recorded one.
-            negative_prompt: for students that can be guided.
+            negative_prompt: for students that can be guided: one for all, or one for each sample.
 
         Returns:
-            (B, C, H, W), of videos (B, T, C, H, W), in [0, 1], float32; overwritten by the next call under a CUDA graph.
+            (B, C, H, W), of videos (B, T, C, H, W), in [0, 1], float32; a CUDA graph overwrites them in the next call.
 
         Raises:
             ValueError: if the student cannot be guided so.
@@ -126,6 +126,8 @@ class StudentSampler:
     def noise(self, rngs: Sequence[torch.Generator]) -> tuple[Tensor, Tensor | None]:
         """Everything that a batch draws, in the order in which the pipeline would draw it.
 
+        FLUX.2's draws the noise between steps in an order of its own: re-noising students of it get other images here.
+
         Returns:
             Start (B, ...) and steps (K - 1, B, ...), or None where they draw nothing; overwritten by the next call.
         """
@@ -136,14 +138,15 @@ class StudentSampler:
         start, steps = self._buffers[n]
         for i, rng in enumerate(rngs):
             torch.randn(shape, generator=rng, out=start[i])
-            if steps is not None and self.record["seeded"]:
-                for step in steps:
-                    torch.randn(shape, generator=rng, out=step[i])
-        if steps is not None and not self.record["seeded"]:
-            # these pipelines draw from torch's own generator, in the shape of their own latents
+        if steps is not None:
+            # in the order of the pipeline's own latents; where it passes no generator on, from torch's own
             places = self.family.pack(torch.arange(start[0].numel()).view(1, *shape)).flatten()
-            for step in steps:
-                step.view(n, -1)[:, places] = torch.randn(n, len(places))
+            for step in steps.view(k - 1, n, -1):
+                if self.record["seeded"]:
+                    for i, rng in enumerate(rngs):
+                        step[i, places] = torch.randn(len(places), generator=rng)
+                else:
+                    step[:, places] = torch.randn(n, len(places))
         return start.to(self.device), None if steps is None else steps.to(self.device)
 
     def _loop(self, guidance: float) -> FewStep:
@@ -152,7 +155,7 @@ class StudentSampler:
         return self._loops[guidance]
 
     def _conditions(
-        self, wanted: Any, n: int, guidance: float | None, negative: str | None
+        self, wanted: Any, n: int, guidance: float | None, negative: str | Sequence[str] | None
     ) -> tuple[FewStep, Cond, Cond | None]:
         family, pipeline, net = self.family, self.pipeline, self.student.net
         scale = self.record["call"].get("guidance_scale") if guidance is None else guidance
@@ -172,5 +175,11 @@ class StudentSampler:
             if scale is None or scale <= 1:  # as pipelines understand it
                 return self._loop(1.0), cond, None
             if family.name not in PLAINLY_GUIDED:
-                raise ValueError(f"guidance {scale}: the few-step loop does not guide {family.name}; leave optimize out")
-            return self._loop(float(scale)), cond, family.null(pipeline, negative or "", self.size)
+                raise ValueError(
+                    f"guidance {scale}: the few-step loop does not guide {family.name}; leave optimize out"
+                )
+            each = [negative or ""] if negative is None or isinstance(negative, str) else list(negative)
+            if len(each) not in (1, n):
+                raise ValueError(f"negative_prompt: {len(each)} for {n} samples; give one, or one for each")
+            nulls = [family.null(pipeline, text, self.size) for text in each]
+            return self._loop(float(scale)), cond, {k: torch.cat([null[k] for null in nulls]) for k in nulls[0]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,23 +149,23 @@ def optimize(pipeline: DiffusionPipeline, **parts: Any) -> Optimized:
         ValueError: if it is optimised already, a part is unknown, or one does not fit the pipeline or the machine.
         OSError: if the tiny decoder is not there.
     """
-    if optimized_of(pipeline) is not None:
-        raise ValueError(f"this {type(pipeline).__name__} is optimised already; call undo() of what optimize returned")
     known = [field.name for field in fields(Parts)]
     for name in parts:
         if name not in known:
             raise ValueError(f"optimize: no part {name!r}; parts are {', '.join(known)}")
-    return Optimized(pipeline, Parts(**parts))
+    return optimize_by(pipeline, Parts(**parts))
+
+
+def optimize_by(pipeline: DiffusionPipeline, parts: Parts) -> Optimized:
+    """See ``optimize``."""
+    if optimized_of(pipeline) is not None:
+        raise ValueError(f"this {type(pipeline).__name__} is optimised already; call undo() of what optimize returned")
+    return Optimized(pipeline, parts)
 
 
 def optimized_of(pipeline: DiffusionPipeline) -> Optimized | None:
     """What was made of a pipeline by ``optimize``; None where it is as it was."""
     return vars(pipeline).get(_MARK)
-
-
-def as_arguments(parts: Parts) -> dict[str, Any]:
-    """Parts as the arguments of ``optimize``."""
-    return asdict(parts) | {"tiny_decoder": parts.tiny_decoder}
 
 
 def _tell_tokens(pipeline: DiffusionPipeline, undo: ExitStack) -> None:
