@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.functional.ode import jump
+from stepdistill.inference.weights import dtype_of
 from stepdistill.models.denoiser import Cond
 from stepdistill.sampling import Ddim, Renoise, Sampler, Tcd
 from stepdistill.schedule import Kind, Schedule, convert
@@ -74,6 +75,8 @@ class FewStep:
     def __init__(self, student: Student, guidance: float | None = None):
         self.student, self.guidance = student, 1.0 if guidance is None else guidance
         self.plan = plan_of(student.sampler, student.schedule, student.kind)
+        self.dtype = torch.float32
+        """What the network is given; set by ``table``."""
         self._tables: dict[tuple[int, torch.device], tuple[Tensor, list[tuple[Tensor, ...]]]] = {}
 
     def conditions(self, cond: Cond, null: Cond | None) -> Cond:
@@ -88,6 +91,7 @@ class FewStep:
 
     def table(self, batch: int, device: torch.device) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         """Times (K, B) and coefficients, K times (a, b, c), on a device; made once for each batch size."""
+        self.dtype = dtype_of(self.student.net)
         key = batch * (1 if self.guidance == 1.0 else 2), device
         if key not in self._tables:
             times = torch.tensor(self.plan.times, dtype=torch.float64, device=device)
@@ -119,7 +123,7 @@ class FewStep:
         x = noise if self.plan.start == 1.0 else noise * self.plan.start
         for i, (a, b, c) in enumerate(rows):
             given = x if self.guidance == 1.0 else torch.cat([x, x])
-            pred = self.student.call(net, given.to(net.dtype), times[i], cond).to(x.dtype)
+            pred = self.student.call(net, given.to(self.dtype), times[i], cond).to(x.dtype)
             if self.guidance != 1.0:
                 null, with_prompt = pred.chunk(2)
                 pred = null + self.guidance * (with_prompt - null)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepdistill.inference.weights import WeightWatch
+from stepdistill.inference.weights import WeightWatch, with_children
 
 
 def _unet_text(net: nn.Module, text: Tensor) -> Tensor | None:
@@ -124,7 +124,7 @@ class KVCache:
 
     def _watched(self) -> list[nn.Module]:
         layers = [layer for a in self._attentions for layer in (a.to_k, a.to_v)]
-        return [m for layer in layers for m in layer.modules()] + list(_projections(self.net))
+        return with_children([*layers, *_projections(self.net)])
 
     def _forget(self) -> None:
         self._kept.clear()
@@ -177,6 +177,6 @@ def _reads_text(module: nn.Module) -> bool:
 
 def _projections(net: nn.Module) -> list[nn.Module]:
     """What the text passes before any attention."""
-    names = ("encoder_hid_proj", "caption_projection", "caption_norm", "condition_embedder.text_embedder")
-    there = {name for name, _ in net.named_modules()}
-    return [m for name in names if name in there for m in net.get_submodule(name).modules()]
+    found = [getattr(net, name, None) for name in ("encoder_hid_proj", "caption_projection", "caption_norm")]
+    found.append(getattr(getattr(net, "condition_embedder", None), "text_embedder", None))
+    return [module for module in found if module is not None]

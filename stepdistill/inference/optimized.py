@@ -206,7 +206,11 @@ def _tiny(source: str | Path | AutoencoderTiny, pipeline: DiffusionPipeline) -> 
     """
     old, tiny = _decoder(pipeline), source
     if not isinstance(tiny, AutoencoderTiny):
-        tiny = AutoencoderTiny.from_pretrained(source, use_safetensors=True)
+        try:
+            tiny = AutoencoderTiny.from_pretrained(source, use_safetensors=True)
+        except (OSError, ValueError) as error:  # diffusers says so in many lines
+            reason = " ".join(str(error).split())
+            raise OSError(f"tiny_decoder {source}: no folder or hub id of an AutoencoderTiny ({reason})") from error
     sizes: Callable[[nn.Module], tuple[int, int]] = lambda vae: (  # noqa: E731
         vae.config.latent_channels,
         2 ** (len(vae.config.get("decoder_block_out_channels") or vae.config.block_out_channels) - 1),

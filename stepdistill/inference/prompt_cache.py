@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from stepdistill.inference.weights import WeightWatch
+from stepdistill.inference.weights import WeightWatch, with_children
 
 
 class PromptCache:
@@ -61,7 +61,7 @@ class PromptCache:
     def _encoders(self) -> list[nn.Module]:
         parts = self.pipeline.config
         found = [getattr(self.pipeline, name) for name in parts if name.startswith("text_encoder")]
-        return [module for encoder in found if isinstance(encoder, nn.Module) for module in encoder.modules()]
+        return with_children(encoder for encoder in found if encoder is not None)
 
     def _tokenizer_state(self) -> list[tuple[int, int]]:
         found = [getattr(self.pipeline, name) for name in self.pipeline.config if name.startswith("tokenizer")]

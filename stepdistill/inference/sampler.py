@@ -18,6 +18,7 @@ from stepdistill.exported import live_student
 from stepdistill.inference.compiling import CudaGraph
 from stepdistill.inference.few_step import FewStep
 from stepdistill.inference.kv_cache import KVCache
+from stepdistill.inference.weights import dtype_of
 from stepdistill.models.denoiser import Cond
 from stepdistill.models.families.base import Size, family_of
 
@@ -83,14 +84,14 @@ class StudentSampler:
 
     def sample(self, loop: FewStep, noise: Tensor, fresh: Tensor | None, cond: Cond) -> Tensor:
         """Noise and conditions to images: the part that holds all network evaluations."""
-        kept = None
-        if self.kv is not None and "prompt" in cond:
-            self.kv.begin(cond["prompt"])
-            kept = self.kv.current
         times, rows = loop.table(len(noise), noise.device)
         if not self.cuda_graph:
             return self.decode(loop.run(noise, fresh, cond, times, rows))
 
+        kept = None
+        if self.kv is not None:
+            self.kv.begin(cond["prompt"])  # a graph must find them in the same places each time
+            kept = self.kv.current
         names, layers = list(cond), len(kept or ())
 
         def whole(noise: Tensor, *rest: Tensor) -> Tensor:
@@ -109,13 +110,15 @@ class StudentSampler:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to images in [0, 1], (B, C, H, W), or videos (B, T, C, H, W)."""
-        vae = self.pipeline.components.get("vae") if self.family.encode is not None else None
+        vae = getattr(self.pipeline, "vae", None)  # not .components, which looks at signatures
         if vae is not None:
             # as the pipelines do: SDXL's decoder overflows in float16
-            lifted = vae.dtype == torch.float16 and bool(vae.config.get("force_upcast"))
+            dtype = dtype_of(vae)
+            lifted = dtype == torch.float16 and bool(vae.config.get("force_upcast"))
             if lifted:
-                vae.to(torch.float32)
-            images = self.family.decode(self.pipeline, latents.to(vae.dtype))
+                dtype = torch.float32
+                vae.to(dtype)
+            images = self.family.decode(self.pipeline, latents.to(dtype))
             if lifted:
                 vae.to(torch.float16)
         else:
@@ -134,7 +137,8 @@ class StudentSampler:
         shape, plan = tuple(self.record["shape"]), self._loop(1.0).plan
         n, k = len(rngs), len(plan.times)
         if n not in self._buffers:
-            self._buffers[n] = torch.empty(n, *shape), torch.empty(k - 1, n, *shape) if plan.draws else None
+            with torch.inference_mode(False):  # or they could not be written to outside of it
+                self._buffers[n] = torch.empty(n, *shape), torch.empty(k - 1, n, *shape) if plan.draws else None
         start, steps = self._buffers[n]
         for i, rng in enumerate(rngs):
             torch.randn(shape, generator=rng, out=start[i])
@@ -164,8 +168,6 @@ class StudentSampler:
             scale = inspect.signature(pipeline.__call__).parameters["guidance_scale"].default
         with torch.no_grad():
             if family.encode is not None:
-                if self.kv is not None:
-                    self.kv.check()
                 cond = dict(family.encode(pipeline, wanted, self.size))
             else:
                 labels = {} if isinstance(wanted, int) else {"labels": torch.tensor(wanted, device=self.device)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -10,6 +11,26 @@ from torch import Tensor, nn
 
 PROBES = 16
 """Entries of each tensor that are looked at; LoRA updates are dense, so any few of them give one away."""
+
+
+_DTYPES: WeakKeyDictionary[nn.Module, tuple[torch.dtype, torch.dtype]] = WeakKeyDictionary()
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """``module.dtype`` of diffusers, which walks all parameters each time; asked again when the first one's changes."""
+    first = next(module.parameters()).dtype
+    known = _DTYPES.get(module)
+    if known is None or known[0] != first:
+        known = _DTYPES[module] = first, module.dtype
+    return known[1]
+
+
+def with_children(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """All of them and what is in them; ``nn.Module.modules`` makes names for each, which takes its time."""
+    found = list(modules)
+    for module in found:  # grows on the way
+        found += [child for child in module._modules.values() if child is not None]
+    return found
 
 
 class WeightWatch:
@@ -31,7 +52,9 @@ class WeightWatch:
     def remember(self) -> None:
         """What is there now is what it shall be compared with."""
         self._state = self._look()
-        self._views = [v.detach().reshape(-1)[:: max(1, v.numel() // PROBES)] for v in self._tensors()]
+        tensors = [t for m in self.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+        # matrices and kernels: adapters merge into no others
+        self._views = [t.detach().reshape(-1)[:: max(1, t.numel() // PROBES)] for t in tensors if t.ndim > 1]
         self._probed = self._probe()
 
     def moved(self) -> bool:
@@ -44,18 +67,14 @@ class WeightWatch:
             return True
         return any(not torch.equal(a, b) for a, b in zip(self._probe(), self._probed, strict=True))
 
-    def _tensors(self) -> list[Tensor]:
-        found = [t for m in self.modules() for t in (*m._parameters.values(), *m._buffers.values())]
-        return [t for t in found if t is not None and t.numel()]
-
     def _look(self) -> list[object]:
         seen: list[object] = []
         for module in self.modules():
             seen.append(id(module))
             for group in (module._parameters, module._buffers):
                 for t in group.values():
-                    if t is not None:
-                        seen += (t.data_ptr(), t.dtype, None if t.is_inference() else t._version)
+                    if t is not None:  # another dtype lies elsewhere
+                        seen += (t.data_ptr(), None if t.is_inference() else t._version)
             if isinstance(module, BaseTunerLayer):
                 seen += (tuple(module.merged_adapters), module.disable_adapters, tuple(module.active_adapters))
                 seen.append(tuple(module.scaling.items()))
