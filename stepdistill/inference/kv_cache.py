@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,6 +78,7 @@ class KVCache:
         self.net, self.entries = net, entries
         self.current: list[Tensor] | None = None
         """What the layers answer in the call that is under way."""
+        self._given = False
         self._kept: OrderedDict[tuple[object, ...], tuple[Tensor, list[Tensor]]] = OrderedDict()
         self._position = list(inspect.signature(type(net).forward).parameters).index("encoder_hidden_states") - 1
         self._attentions = [m for m in net.modules() if _reads_text(m)]
@@ -100,11 +102,32 @@ class KVCache:
         if self._watch.rewritten():
             self._forget()
 
-    def begin(self, text: Tensor) -> None:
-        """Answer for ``text`` from now on, until the next uncompiled call of the network: for compiled code, which
-        cannot look for itself. Nothing for networks that mix more than text in.
-        """
-        self.current = self._find(text)
+    def find(self, text: Tensor) -> list[Tensor] | None:
+        """All keys and values of a text, (B, L, ...) each; None where the network mixes more than text in."""
+        if self._watch.moved():
+            self._forget()
+        version = None if text.is_inference() else text._version
+        key = (text.data_ptr(), text.shape, text.stride(), text.dtype, text.device, version)
+        kept = self._kept.pop(key, None)
+        if kept is None:
+            self.current = None  # or the layers would answer with the last text's
+            read = TEXT_OF[type(self.net).__name__](self.net, text)
+            if read is None:
+                return None
+            kept = text, [layer(read) for layer in self._patched]
+        self._kept[key] = kept
+        if len(self._kept) > self.entries:
+            self._kept.popitem(last=False)
+        return kept[1]
+
+    @contextmanager
+    def answering(self, kept: list[Tensor] | None) -> Iterator[None]:
+        """Answer with these whatever text the network is called with: within a graph, which cannot look for itself."""
+        self.current, self._given = kept, True
+        try:
+            yield
+        finally:
+            self.current, self._given = None, False
 
     @property
     def layers(self) -> int:
@@ -133,35 +156,18 @@ class KVCache:
         self._watch.remember()
 
     def _before(self, net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
+        if self._given or torch.compiler.is_compiling():
             return
         self.current = None
         given = kwargs.get("encoder_hidden_states", args[self._position] if len(args) > self._position else None)
         if given is None or torch.is_grad_enabled() or any(kwargs.get(name) for name in _BYPASSED_BY[:3]):
             return
         if kwargs.get(_BYPASSED_BY[3]) is None:
-            self.current = self._find(given)
+            self.current = self.find(given)
 
     def _after(self, net: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not torch.compiler.is_compiling():
+        if not (self._given or torch.compiler.is_compiling()):
             self.current = None
-
-    def _find(self, text: Tensor) -> list[Tensor] | None:
-        if self._watch.moved():
-            self._forget()
-        version = None if text.is_inference() else text._version
-        key = (text.data_ptr(), text.shape, text.stride(), text.dtype, text.device, version)
-        kept = self._kept.pop(key, None)
-        if kept is None:
-            self.current = None  # or the layers would answer with the last text's
-            read = TEXT_OF[type(self.net).__name__](self.net, text)
-            if read is None:
-                return None
-            kept = text, [layer(read) for layer in self._patched]
-        self._kept[key] = kept
-        if len(self._kept) > self.entries:
-            self._kept.popitem(last=False)
-        return kept[1]
 
 
 def takes_kv_cache(net: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -88,19 +89,15 @@ class StudentSampler:
         if not self.cuda_graph:
             return self.decode(loop.run(noise, fresh, cond, times, rows))
 
-        kept = None
-        if self.kv is not None:
-            self.kv.begin(cond["prompt"])  # a graph must find them in the same places each time
-            kept = self.kv.current
+        kept = None if self.kv is None else self.kv.find(cond["prompt"])
         names, layers = list(cond), len(kept or ())
 
         def whole(noise: Tensor, *rest: Tensor) -> Tensor:
             values = list(rest)
-            if kept is not None:
-                self.kv.current = values[:layers]
             drawn = None if fresh is None else values[layers]
             given = dict(zip(names, values[len(values) - len(names) :], strict=True))
-            return self.decode(loop.run(noise, drawn, given, times, rows))
+            with nullcontext() if self.kv is None else self.kv.answering(values[:layers] if layers else None):
+                return self.decode(loop.run(noise, drawn, given, times, rows))
 
         tensors = [noise, *(kept or ()), *([] if fresh is None else [fresh]), *cond.values()]
         key = (loop.guidance, *((name, cond[name].shape) for name in names), noise.shape, layers)

@@ -15,8 +15,9 @@ import stepdistill
 from stepdistill.build import new_student
 from stepdistill.inference import Parts, optimize
 from stepdistill.inference.optimized import optimized_of
+from stepdistill.inference.sampler import StudentSampler
 from stepdistill.models.families import open_pipeline
-from stepdistill.sampling import Ddim, Sampler, trailing
+from stepdistill.sampling import Ddim, Sampler, StepRule, Tcd, trailing
 from stepdistill.stock import stock_scheduler
 from tests.models.test_every_family import stirred
 from tests.tiny import flux, pixart, sd, sd3, sdxl, wan
@@ -26,10 +27,13 @@ ROUNDING = 1e-5
 """Of images in [0, 1] by channels-last or compiled networks, float32; measured below 4e-6."""
 
 
-def student(made: DiffusionPipeline, steps: int = 2, size: tuple[int, ...] | None = None) -> DiffusionPipeline:
+def student(
+    made: DiffusionPipeline, steps: int = 2, size: tuple[int, ...] | None = None, rule: StepRule | None = None
+) -> DiffusionPipeline:
     """The pipeline with an untrained student's scheduler."""
     opened = open_pipeline(stirred(made), size=size)
-    opened.pipeline.scheduler = stock_scheduler(new_student(opened, Sampler(trailing(steps), Ddim())), opened)
+    sampler = Sampler(trailing(steps), rule or Ddim())
+    opened.pipeline.scheduler = stock_scheduler(new_student(opened, sampler), opened)
     return opened.pipeline
 
 
@@ -114,6 +118,38 @@ def test_a_tiny_decoder_decodes_instead(maker: Callable[[], DiffusionPipeline], 
     assert pipe.vae is own and torch.equal(drawn(pipe), before)
     assert not torch.allclose(want, before, atol=0.01)
     assert_same(drawn(pipe, optimize=Parts(tiny_decoder=tiny)), want)
+
+
+@pytest.mark.parametrize("rule", [Ddim(), Tcd(0.3)], ids=str)
+def test_what_goes_into_a_cuda_graph_depends_on_its_buffers_alone(rule: StepRule, monkeypatch) -> None:
+    """Without a GPU the graph is stood in for by its function, on the buffers that replays would see: recorded with one
+    prompt, guidance and noise, it must make the next one's images, and not multiply any keys."""
+    pipe, made, multiplied = student(sd.pipeline(), 4, rule=rule), [], []
+
+    class Graph:
+        def __init__(self, function: Callable[..., Tensor], given: list[Tensor]):
+            self.function, self.buffers = function, [t.clone() for t in given]
+            made.append(self)
+
+        def __call__(self, given: list[Tensor]) -> Tensor:
+            for buffer, tensor in zip(self.buffers, given, strict=True):
+                buffer.copy_(tensor)
+            multiplied.clear()
+            return self.function(*self.buffers)
+
+    monkeypatch.setattr("stepdistill.inference.sampler.CudaGraph", Graph)
+    with optimize(pipe, channels_last=False) as optimized:
+        want = [drawn(pipe), drawn(pipe, seed=3), stepdistill.sample(pipe, ["other", "text"], output="float")]
+        guided = drawn(pipe, guidance=2.0)
+        optimized._sampler = StudentSampler(pipe, optimized.kv, cuda_graph=True)
+        for m in pipe.unet.modules():
+            if getattr(m, "is_cross_attention", False):
+                slot = m.to_k.forward
+                slot.original = lambda x, own=slot.original: multiplied.append(1) or own(x)
+        got = [drawn(pipe), drawn(pipe, seed=3), stepdistill.sample(pipe, ["other", "text"], output="float")]
+        assert len(made) == 1 and not multiplied
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert torch.equal(drawn(pipe, guidance=2.0), guided) and len(made) == 2
 
 
 def test_half_precision_stays_near() -> None:
