@@ -243,6 +243,19 @@ def test_a_decoder_of_videos_is_not_replaced() -> None:
         optimize(pipe, tiny_decoder=tiny_decoder())
 
 
+def test_the_recorded_number_of_text_tokens_is_taken() -> None:
+    """It is an argument of the stock call, and a pipeline that was loaded from a folder knows nothing of it."""
+    bare = sd3.pipeline()
+    config = bare.config
+    bare.register_to_config(_max_sequence_length=5)
+    pipe = student(bare)
+    assert pipe.scheduler.config["_student"]["call"]["max_sequence_length"] == 5
+    pipe._internal_dict = config
+    want = drawn(pipe)
+    assert_same(drawn(pipe, optimize=True), want)
+    assert "_max_sequence_length" not in pipe.config
+
+
 def test_guidance_of_another_form_is_refused() -> None:
     from tests.tiny import lumina2
 
