@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -31,6 +31,7 @@ from stepdistill.evaluation.records import brief_table
 from stepdistill.evaluation.report import save_grid
 from stepdistill.export import load_lines, load_student, stand_in
 from stepdistill.generate import folder_of, sample
+from stepdistill.inference import Parts
 from stepdistill.models.families import family_for
 from stepdistill.objective import Objective, registered
 from stepdistill.plan import plan
@@ -178,6 +179,12 @@ class Sample:
     """Steps; a student takes only what it was trained for, which is the default."""
     seed: int = 0
     """Of the noise."""
+    optimize: bool = False
+    """Sample by the few-step loop instead of the pipeline's own call: the same images to rounding, faster."""
+    parts: tuple[Literal["cache_text", "channels_last", "compile", "cuda_graph"], ...] | None = None
+    """What --optimize does besides; by default cache_text and channels_last. compile pays for many images only."""
+    tiny_decoder: str | None = None
+    """A folder or hub id of an AutoencoderTiny that --optimize decodes with."""
     out: Path = Path("samples.png")
     """Picture to write."""
 
@@ -190,6 +197,8 @@ def _sample(args: list[str]) -> None:
     if not 0 <= given.seed < 2**31:
         raise ValueError(f"--seed must lie in [0, 2^31); got {given.seed}")
     _check_writable(given.out)
+    if not given.optimize and (given.parts is not None or given.tiny_decoder is not None):
+        raise ValueError(f"--{'parts' if given.parts is not None else 'tiny-decoder'}: a part of --optimize; give both")
     draw = _draw_prompts if "text_encoder" in _index(folder) else _draw_classes
     images, columns, of = draw(given, folder)
     save_grid(given.out, images, columns=columns)
@@ -208,8 +217,12 @@ def _draw_classes(given: Sample, folder: Path) -> tuple[Tensor, int, str]:
         raise ValueError(f"--labels: {_null_label(folder)} is the null label, which stands for no class")
     n = given.rows * (len(columns) or 10)
     cond = family.cond(student.net, {"labels": torch.tensor(columns * given.rows)} if columns else {})
-    shape = (n, *family.sample_shape(pipeline, None))
     of = f" of classes {', '.join(map(str, columns))}" if columns else ""
+    if given.optimize:
+        wanted = columns * given.rows if columns else n
+        images = sample(folder, wanted, seed=given.seed, steps=given.steps, output="uint8", optimize=_parts(given))
+        return images.expand(-1, 3, -1, -1), len(columns) or 10, of
+    shape = (n, *family.sample_shape(pipeline, None))
     samples = student.sample(shape, cond, steps=given.steps, seed=given.seed)
     return to_uint8(samples), len(columns) or 10, of
 
@@ -227,10 +240,25 @@ def _draw_prompts(given: Sample, folder: Path) -> tuple[Tensor, int, str]:
     if not texts:
         raise ValueError(f'--prompts: {folder} takes prompts; give some, as in --prompts "a red circle"')
     made = sample(
-        folder, texts * given.rows, seed=given.seed, steps=given.steps, guidance=given.guidance, output="uint8"
+        folder,
+        texts * given.rows,
+        seed=given.seed,
+        steps=given.steps,
+        guidance=given.guidance,
+        output="uint8",
+        optimize=_parts(given),
     )
     images = made[:, made.shape[1] // 2] if made.ndim == 5 else made
     return images, len(texts), f" of {len(texts)} prompts"
+
+
+def _parts(given: Sample) -> bool | Parts:
+    if not given.optimize:
+        return False
+    if given.parts is None:
+        return Parts(tiny_decoder=given.tiny_decoder)
+    switched = {name: name in given.parts for name in ("cache_text", "channels_last", "compile", "cuda_graph")}
+    return Parts(**switched, tiny_decoder=given.tiny_decoder)
 
 
 def _index(folder: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -259,6 +260,16 @@ def test_sample_draws_prompts_by_the_stock_pipeline(run: Run, from_prompts: Path
     assert (tmp_path / "samples.png").read_bytes() == (tmp_path / "a.png").read_bytes()
 
 
+@pytest.mark.parametrize("parts", [(), ("--parts", "cache_text"), ("--parts", "channels_last")], ids=str)
+def test_sample_optimised_draws_the_same(parts: tuple[str, ...], run: Run, from_prompts: Path, student: Path) -> None:
+    """Pictures may differ by one level, where rounding falls the other way."""
+    for source, wanted in ((from_prompts, ("--prompts", "a cat", "a dog")), (student, ("--labels", "3", "1"))):
+        assert run("sample", source, *wanted, "--rows", "2", "--out", "a.png").code == 0
+        assert run("sample", source, *wanted, "--rows", "2", "--optimize", *parts, "--out", "b.png").code == 0
+        a, b = (np.asarray(Image.open(name), dtype=int) for name in ("a.png", "b.png"))
+        assert a.shape == b.shape and abs(a - b).max() <= 1
+
+
 def test_sample_takes_the_runs_own_prompts_by_default(run: Run, from_prompts: Path) -> None:
     assert run("sample", from_prompts).out == "wrote samples.png: 4 rows of 3 prompts\n"
     assert run("sample", from_prompts / "pipeline").out == "wrote samples.png: 4 rows of 3 prompts\n"
@@ -272,6 +283,11 @@ def test_sample_takes_the_runs_own_prompts_by_default(run: Run, from_prompts: Pa
         ("--prompts-file p.txt", "--prompts-file p.txt: no such file"),
         ("--prompts-file empty.txt", "--prompts-file empty.txt: no prompts in it"),
         ("--prompts a --steps 4", "steps 4: this student was trained for 2"),
+        ("--prompts a --steps 4 --optimize", "steps 4: this student was trained for 2"),
+        ("--prompts a --parts compile", "--parts: a part of --optimize; give both"),
+        ("--prompts a --tiny-decoder d", "--tiny-decoder: a part of --optimize; give both"),
+        ("--prompts a --optimize --tiny-decoder ./d", "tiny_decoder ./d: no folder or hub id of an AutoencoderTiny"),
+        ("--prompts a --optimize --parts cuda_graph", "cuda_graph: the pipeline is on cpu; move it to a GPU"),
     ],
 )
 def test_prompts_that_cannot_be_drawn_are_refused(

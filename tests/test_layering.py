@@ -44,6 +44,7 @@ LAYERS = (
     "plan",
     "exported",
     "export",
+    "inference",
     "generate",
     "validation",
     "distill",

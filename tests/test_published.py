@@ -89,3 +89,14 @@ def test_the_overhead_table_holds_the_records() -> None:
 def test_the_throughput_of_a_bench_is_that_of_its_sampler() -> None:
     rows = json.loads((ROOT / "eval" / "throughput.json").read_text())["rows"]
     assert rows and all(row["ratio"] >= 0.95 for row in rows)
+
+
+def test_the_latency_table_holds_the_records() -> None:
+    stored = json.loads((ROOT / "eval" / "latency.json").read_text())["rows"]
+    table = rows("latency")
+    assert len(table) == len(stored) > 0
+    for row, cells in zip(stored, table, strict=True):
+        assert cells[:4] == [row["student"], str(row["steps"]), str(row["batch"]), row["compile"]]
+        assert cells[4:6] == [f"{row[k]['p50']:.1f} ({row[k]['p95']:.1f})" for k in ("diffusers", "ours")]
+        ratios = [row["speedup"], row["speedup_new_prompts"], row["over_bare"], row["diffusers_over_bare"]]
+        assert [float(cell) for cell in cells[6:]] == [round(r, d) for r, d in zip(ratios, (2, 2, 3, 2), strict=True)]
