@@ -4,10 +4,10 @@ Imports torch alone; Triton is imported where a kernel is launched.
 """
 
 #from stepdistill.kernels.block_sparse import BlockIndex, block_sparse_attention
-#from stepdistill.kernels.chunked import chunked_attention
+from stepdistill.kernels.chunked import chunked_attention
 from stepdistill.kernels.dispatch import BACKENDS, Backend, prefer
-#from stepdistill.kernels.merge import merge_lse
-#from stepdistill.kernels.qk_norm_rope import Stream, qk_norm_rope
+from stepdistill.kernels.merge import merge_lse
+from stepdistill.kernels.qk_norm_rope import Stream, qk_norm_rope
 from stepdistill.kernels.steer_attention import branch_attention, steer_attention
 
 __all__ = [
