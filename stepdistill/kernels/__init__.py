@@ -3,7 +3,7 @@
 Imports torch alone; Triton is imported where a kernel is launched.
 """
 
-#from stepdistill.kernels.block_sparse import BlockIndex, block_sparse_attention
+from stepdistill.kernels.block_sparse import BlockIndex, block_sparse_attention
 from stepdistill.kernels.chunked import chunked_attention
 from stepdistill.kernels.dispatch import BACKENDS, Backend, prefer
 from stepdistill.kernels.merge import merge_lse

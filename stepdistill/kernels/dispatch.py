@@ -171,3 +171,10 @@ def _probe_xformers(like: Tensor) -> str | None:
         return f"xformers refuses {like.dtype}, head dimension {like.shape[-1]} on {like.device.type} " \
                f"({str(error).strip().splitlines()[0]})"  # fmt: skip
     return None
+
+
+def flex_problem(*tensors: Tensor) -> str | None:
+    """What keeps ``flex_attention`` from serving these tensors."""
+    if tensors[0].device.type == "cpu" and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return "it has no backward pass on a CPU"
+    return None

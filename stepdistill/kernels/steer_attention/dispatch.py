@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from stepdistill.kernels.dispatch import (
     Backend,
     choose,
+    flex_problem,
     forward_mode,
     triton_problem,
     under_autocast,
@@ -154,7 +155,7 @@ def _choose(
         "triton": _shape_problem(q, branches) or triton_problem(*tensors),
         "sdpa": no_lse,
         "xformers": no_lse or ("it takes no lengths" if lengths is not None else xformers_problem(q) if asked else None),
-        "flex": no_lse or ("it has no empty branches" if any(k.shape[2] == 0 for k, _ in branches) else None),
+        "flex": no_lse or ("it has no empty branches" if any(k.shape[2] == 0 for k, _ in branches) else flex_problem(*tensors)),
         "naive": None,
     }
     counts = tuple(k.shape[2] for k, _ in branches)
