@@ -65,34 +65,34 @@ class Built:
     tiles: str
     registers: int
     spills: int
-    """Bytes stored to and loaded from local memory."""
+    """Bytes of a thread's stack."""
     shared: int
     tensor_cores: bool
     problem: str | None
     """Why it may not be launched; None if it may."""
 
 
-def cases(dims: tuple[int, ...] = HEAD_DIMS, dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
-    """Every configuration of the tables that a launch of such tensors can take."""
+def cases(sm: int, dims: tuple[int, ...] = HEAD_DIMS, dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
+    """Every configuration of the tables that a launch of such tensors on compute capability ``sm`` / 10 can take."""
     for d in dims:
         d1, d2 = split(d)
         parts = {"D": d, "D1": d1, "D2": d2, "INTERPRET": False}
         both = {"R": 2, "SEPARATE": False, "LENGTHS": True}
-        for c in {steer.config(d, n, dtype, tiles) for n in (64, 512) for tiles in (1, 1000)}:
+        for c in {steer.config(d, n, dtype, tiles, sm) for n in (64, 512) for tiles in (1, 1000)}:
             yield Case("steer_attention", steer.forward_kernel, dtype, d,
                        parts | both | {"BM": c.queries, "BN": c.keys}, c.warps, c.stages)  # fmt: skip
-        c = steer_backward.config(d, dtype)
+        c = steer_backward.config(d, dtype, sm)
         tiles = parts | both | {"DLSE": False, "BM": c.queries, "BN": c.keys}
         yield Case("steer_attention dQ", steer_backward.dq_kernel, dtype, d, tiles, c.warps, c.stages)
         yield Case("steer_attention dKV", steer_backward.dkv_kernel, dtype, d, tiles | {"BRANCH": 0}, c.warps, c.stages,
                    frozenset({"dk", "dv"}))  # fmt: skip
         for block in (64, 128):
-            for name, kernel, backward in (
-                ("forward", sparse.forward_kernel, False),
-                ("dQ", sparse.dq_kernel, True),
-                ("dKV", sparse.dkv_kernel, True),
+            for name, kernel in (
+                ("forward", sparse.forward_kernel),
+                ("dQ", sparse.dq_kernel),
+                ("dKV", sparse.dkv_kernel),
             ):
-                c = sparse.config(d, block, dtype, backward)
+                c = sparse.config(d, block, dtype, sm, name)
                 yield Case(f"block_sparse_attention {name} {block}", kernel, dtype, d,
                            parts | {"BLOCK": block, "BM": c.queries, "BN": c.keys}, c.warps, c.stages)  # fmt: skip
         for across in (False, True):
@@ -122,7 +122,7 @@ def build(case: Case, sm: int) -> Built:
         options={"num_warps": case.warps, "num_stages": case.stages},
     )
     ptx = made.asm["ptx"]
-    registers, spills = _assembled(ptx, sm)
+    registers, spills = _used(made.asm["cubin"])
     tensor_cores = "wgmma" in ptx or "mma.sync" in ptx
     problem = None
     if made.metadata.shared > SHARED_LIMIT[sm]:
@@ -150,16 +150,12 @@ def _type(name: str, case: Case) -> str:
     return "i32" if _INTEGER.fullmatch(name) else f"*{_NAMES[case.dtype]}"
 
 
-def _assembled(ptx: str, sm: int) -> tuple[int, int]:
-    """Registers of a thread, and bytes spilled, by the assembler that comes with Triton."""
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    name = re.search(r"\.target (sm_\w+)", ptx)[1]
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        said = subprocess.run(
-            [str(ptxas), "-v", f"--gpu-name={name}", str(source), "-o", f"{folder}/kernel.cubin"],
-            check=True, capture_output=True, text=True,
-        ).stderr  # fmt: skip
-    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    return int(re.search(r"Used (\d+) registers", said)[1]), sum(map(int, spilled.groups()))
+def _used(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread and bytes of its stack, which holds nothing but spills, by the tool that Triton brings."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([str(tool), "--dump-resource-usage", file.name], check=True, capture_output=True, text=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout)
+    return int(found[1]), int(found[2])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 import triton
 import triton.language as tl
 
@@ -22,6 +23,14 @@ def split(d: int) -> tuple[int, int]:
     first = max(1 << (d.bit_length() - 1), 16)
     rest = d - first
     return first, max(1 << (rest - 1).bit_length(), 16) if rest > 0 else 0
+
+
+def architecture(device: torch.device) -> int:
+    """Ten times the compute capability; Hopper's for the interpreter."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @triton.jit

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +14,7 @@ from stepdistill.kernels.steer_attention.triton import Config, rows_last
 from stepdistill.kernels.tiles import (
     INTERPRET,
     LOG2E,
+    architecture,
     dkv_step,
     dq_step,
     load_two,
@@ -22,16 +25,22 @@ from stepdistill.kernels.tiles import (
 )
 
 
-def config(d: int, block: int, dtype: torch.dtype, backward: bool) -> Config:
-    """The launch; tiles divide a block. Built and checked by ``eval/attention.py --compile-only``."""
+def config(d: int, block: int, dtype: torch.dtype, sm: int, step: Literal["forward", "dQ", "dKV"]) -> Config:
+    """The launch; tiles divide a block. ``eval/attention.py --compile-only`` builds and checks all of them."""
+    hopper = sm >= 90
     if dtype == torch.float32:
-        rows = 32 if d <= 64 else 16
-        return Config(min(rows, block), min(rows, block), 4, 1)
-    if backward:
-        return Config(min(64, block), min(64 if d <= 64 else 32, block), 4 if d <= 64 else 8, 1)
-    if d <= 64 and block == 128:
-        return Config(128, 64, 8, 2)
-    return Config(min(64, block), min(64, block), 8 if d > 128 else 4, 1 if d > 128 else 2)
+        c = Config(32, 32, 8, 1) if d <= 64 else Config(16, 16, 4, 1)
+    elif step == "forward" and d > 128:
+        c = Config(64, 32, 8, 2) if hopper else Config(32, 32, 4, 2)
+    elif step == "forward":
+        c = Config(128, 64, 8, 2) if block == 128 and d in (64, 128) else Config(64, 64 if d <= 64 else 32, 4, 2)
+    elif d > 128:
+        c = Config(32, 16, 8, 1)
+    elif d <= 64:
+        c = Config(64, 64 if hopper else 32, 4, 1)
+    else:
+        c = Config(64, 32, 4 if step == "dKV" and not hopper else 8, 1)
+    return c._replace(queries=min(c.queries, block), keys=min(c.keys, block))
 
 
 @triton.jit
@@ -156,7 +165,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, blocks: BlockIndex, scale: float) -
     """Launch it; shapes as in ``dispatch``."""
     q, k, v, blocks = rows_last(q), rows_last(k), rows_last(v), _contiguous(blocks)
     b, h, m, d = q.shape
-    c, (d1, d2) = config(d, blocks.block, q.dtype, False), split(d)
+    c, (d1, d2) = config(d, blocks.block, q.dtype, architecture(q.device), "forward"), split(d)
     out = q.new_empty(b, m, h, d).transpose(1, 2)
     lse = q.new_empty(b, h, m, dtype=torch.float32)
     if q.numel():
@@ -179,7 +188,6 @@ def backward(
     q, k, v, grad, delta = rows_last(q), rows_last(k), rows_last(v), rows_last(grad), delta.contiguous()
     b, h, m, d = q.shape
     n = k.shape[2]
-    c, (d1, d2) = config(d, blocks.block, q.dtype, True), split(d)
     dq = q.new_empty(b, m, h, d).transpose(1, 2)
     dk, dv = (q.new_zeros(b, n, h, d).transpose(1, 2) for _ in range(2))
     if not q.numel() or not n:
@@ -187,17 +195,16 @@ def backward(
     mirrored = to_mask(blocks, triton.cdiv(n, blocks.block)).transpose(-1, -2)
     mirrored = to_index(mirrored, blocks.block, longest=mirrored.shape[-1])
     strides = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3]]
-    constants = {
-        "BLOCK": blocks.block, "BM": c.queries, "BN": c.keys, "D": d, "D1": d1, "D2": d2, "INTERPRET": INTERPRET,
-        "num_warps": c.warps, "num_stages": c.stages,
-    }  # fmt: skip
+    d1, d2 = split(d)
+    shared = {"BLOCK": blocks.block, "D": d, "D1": d1, "D2": d2, "INTERPRET": INTERPRET}
+    at_q, at_k = (config(d, blocks.block, q.dtype, architecture(q.device), step) for step in ("dQ", "dKV"))
     rows, columns = _contiguous(blocks), _contiguous(mirrored)
-    dq_kernel[(triton.cdiv(m, c.queries) * b * h,)](
+    dq_kernel[(triton.cdiv(m, at_q.queries) * b * h,)](
         q, k, v, rows.index, rows.count, lse, delta, grad, dq, *strides, *_list_strides(rows), h, m, n,
-        scale, scale * LOG2E, **constants,
+        scale, scale * LOG2E, BM=at_q.queries, BN=at_q.keys, num_warps=at_q.warps, num_stages=at_q.stages, **shared,
     )  # fmt: skip
-    dkv_kernel[(triton.cdiv(n, c.keys) * b * h,)](
+    dkv_kernel[(triton.cdiv(n, at_k.keys) * b * h,)](
         q, k, v, columns.index, columns.count, lse, delta, grad, dk, dv, *strides, *_list_strides(columns), h, m, n,
-        scale, scale * LOG2E, **constants,
+        scale, scale * LOG2E, BM=at_k.queries, BN=at_k.keys, num_warps=at_k.warps, num_stages=at_k.stages, **shared,
     )  # fmt: skip
     return dq, dk, dv

@@ -17,6 +17,7 @@ from stepdistill.kernels.steer_attention.triton import MAX_BRANCHES, Config, pad
 from stepdistill.kernels.tiles import (
     INTERPRET,
     LOG2E,
+    architecture,
     dkv_step,
     dq_step,
     load_two,
@@ -30,11 +31,13 @@ TARGET_PROGRAMS = 264
 """Two for each multiprocessor of an H100: long rows of queries are split until there are so many."""
 
 
-def config(d: int, dtype: torch.dtype) -> Config:
-    """The launch of both kernels."""
+def config(d: int, dtype: torch.dtype, sm: int) -> Config:
+    """The launch of both kernels; built and checked as the forward pass's."""
     if dtype == torch.float32:
-        return Config(16, 16, 4, 1) if d > 64 else Config(32, 32, 8, 1)
-    return Config(64, 64, 4, 1) if d <= 64 else Config(64, 32, 8, 1)
+        return Config(32, 32, 8, 1) if d <= 64 else Config(16, 16, 4, 1)
+    if d <= 64:
+        return Config(64, 64 if sm >= 90 else 32, 4, 1)
+    return Config(64, 32, 8, 1) if d <= 128 else Config(32, 16, 8, 1)
 
 
 @triton.jit
@@ -180,7 +183,7 @@ def backward(
     q, keys, values = rows_last(q), [rows_last(k) for k in keys], [rows_last(v) for v in values]
     grad = rows_last(grad)
     b, h, m, d = q.shape
-    c, (d1, d2) = config(d, q.dtype), split(d)
+    c, (d1, d2) = config(d, q.dtype, architecture(q.device)), split(d)
     dq = q.new_empty(b, m, h, d).transpose(1, 2)
     g = torch.zeros_like(lse)
     dlse = lse if grad_lse is None else grad_lse.contiguous()

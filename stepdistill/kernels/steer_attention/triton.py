@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepdistill.kernels.tiles import INTERPRET, LOG2E, load_two, softmax_end, softmax_step, split, store_two
+from stepdistill.kernels.tiles import INTERPRET, LOG2E, architecture, load_two, softmax_end, softmax_step, split, store_two
 
 MAX_BRANCHES = 3
 
@@ -24,19 +24,21 @@ class Config(NamedTuple):
     stages: int
 
 
-def config(d: int, n: int, dtype: torch.dtype, queries: int) -> Config:
-    """The launch for a head dimension, keys of the longest branch and tiles of 128 queries over all heads.
+def config(d: int, n: int, dtype: torch.dtype, queries: int, sm: int) -> Config:
+    """The launch for a head dimension, keys of the longest branch, and tiles of 128 queries over all heads.
 
-    All of them are built for sm_80, sm_89 and sm_90 by ``eval/attention.py --compile-only``: nothing spills, shared
-    memory fits.
+    ``eval/attention.py --compile-only`` builds all of them for sm_80, sm_89 and sm_90: nothing spills, memory fits.
     """
+    hopper = sm >= 90
     if dtype == torch.float32:  # exact products, no tensor cores: registers are what is short
-        return Config(32, 32, 4, 1) if d <= 128 else Config(16, 32, 4, 1)
-    if d > 80:
-        return Config(64, 64, 8, 1) if d > 128 else Config(64, 64, 4, 2)
-    if n > 64 and d <= 64 and queries >= 264:  # twice the multiprocessors of an H100
-        return Config(128, 128, 8, 1)
-    return Config(64, 64, 4, 2)
+        return Config(32, 32, 4, 1) if d <= 80 else Config(16, 32, 4, 1)
+    if d <= 64:
+        if queries < 264:  # fewer programs than two for each multiprocessor of an H100
+            return Config(64, 64, 4, 2)
+        return Config(128, 128, 8, 1) if hopper and n > 64 else Config(128, 64, 8, 2)
+    if d <= 128:
+        return Config(64, 64, 4, 2) if hopper or d == 128 else Config(64, 32, 4, 2)
+    return Config(64, 32, 8, 2) if hopper else Config(32, 32, 4, 2)
 
 
 @triton.jit
@@ -141,7 +143,7 @@ def forward(
         return out, lse
     b, h, m, d = q.shape
     counts = [k.shape[2] for k in keys]
-    c = launch or config(d, max(counts), q.dtype, b * h * triton.cdiv(m, 128))
+    c = launch or config(d, max(counts), q.dtype, b * h * triton.cdiv(m, 128), architecture(q.device))
     d1, d2 = split(d)
     pairs = [x for pair in zip(padded(keys), padded(values), strict=True) for x in pair]
     forward_kernel[(triton.cdiv(m, c.queries) * b * h,)](
