@@ -81,11 +81,14 @@ def cases(sm: int, dims: tuple[int, ...] = HEAD_DIMS, dtype: torch.dtype = torch
         for c in {steer.config(d, n, dtype, tiles, sm) for n in (64, 512) for tiles in (1, 1000)}:
             yield Case("steer_attention", steer.forward_kernel, dtype, d,
                        parts | both | {"BM": c.queries, "BN": c.keys}, c.warps, c.stages)  # fmt: skip
-        c = steer_backward.config(d, dtype, sm)
-        tiles = parts | both | {"DLSE": False, "BM": c.queries, "BN": c.keys}
-        yield Case("steer_attention dQ", steer_backward.dq_kernel, dtype, d, tiles, c.warps, c.stages)
-        yield Case("steer_attention dKV", steer_backward.dkv_kernel, dtype, d, tiles | {"BRANCH": 0}, c.warps, c.stages,
-                   frozenset({"dk", "dv"}))  # fmt: skip
+        for step, kernel, more in (
+            ("dQ", steer_backward.dq_kernel, {}),
+            ("dKV", steer_backward.dkv_kernel, {"BRANCH": 0}),
+        ):
+            c = steer_backward.config(d, dtype, sm, step)
+            constants = parts | both | more | {"DLSE": False, "BM": c.queries, "BN": c.keys}
+            yield Case(f"steer_attention {step}", kernel, dtype, d, constants, c.warps, c.stages,
+                       frozenset({"dk", "dv"} if more else ()))  # fmt: skip
         for block in (64, 128):
             for name, kernel in (
                 ("forward", sparse.forward_kernel),
@@ -156,6 +159,8 @@ def _used(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        said = subprocess.run([str(tool), "--dump-resource-usage", file.name], check=True, capture_output=True, text=True)
+        said = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        )
     found = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout)
     return int(found[1]), int(found[2])

@@ -93,8 +93,11 @@ def choose(
 
 
 def enabled(kernel: str, like: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether stored timings on this device let the Triton kernel be the default for a shape."""
-    if not _enabled or like.device.type != "cuda":
+    """Whether stored timings on this device let the Triton kernel be the default for a shape.
+
+    They are of inference: where gradients are recorded, libraries stay the default.
+    """
+    if not _enabled or like.device.type != "cuda" or torch.is_grad_enabled():
         return False
     return (kernel, torch.cuda.get_device_name(like.device), str(like.dtype).removeprefix("torch."), *shape) in _enabled
 
@@ -125,8 +128,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def triton_problem(*tensors: Tensor) -> str | None:
-    """What keeps Triton kernels from running on these tensors; None if nothing does."""
+def triton_problem(*tensors: Tensor, half: bool = True) -> str | None:
+    """What keeps Triton kernels from running on these tensors; None if nothing does.
+
+    ``half`` says that the kernel lives off tensor cores, so that float32 is left to libraries (but in the interpreter).
+    """
     device = tensors[0].device
     if not TRITON_INSTALLED:
         return "triton is not installed"
@@ -140,6 +146,8 @@ def triton_problem(*tensors: Tensor) -> str | None:
         return None
     if device.type != "cuda" or torch.version.hip is not None:
         return "it needs an NVIDIA GPU (on a CPU, TRITON_INTERPRET=1 runs it for tests)"
+    if half and tensors[0].dtype == torch.float32:
+        return "float32 has nothing to gain from it; cast to bfloat16 or float16"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs compute capability 8.0; older chips compile it to code without tensor cores"
     return None

@@ -129,9 +129,7 @@ def steered_flux(away: Away, positive: int, negative: int) -> FluxAttention:
 
 
 @contextmanager
-def steered(
-    net: nn.Module, away: Away, positive: int, negative: int, prefer: Backend | None = None
-) -> Iterator[None]:
+def steered(net: nn.Module, away: Away, positive: int, negative: int, prefer: Backend | None = None) -> Iterator[None]:
     """Within it ``net`` takes a prompt of ``positive`` tokens and ``negative`` tokens behind it, and steers.
 
     Args:

@@ -121,7 +121,9 @@ def _operator(
 ) -> tuple[Tensor, Tensor]:
     """Outputs (B, H, M, d) and log-sum-exp (B, H, M)."""
     if forward_mode():
-        raise NotImplementedError("stepdistill::block_sparse_attention has no forward-mode derivative; use prefer='naive'")
+        raise NotImplementedError(
+            "stepdistill::block_sparse_attention has no forward-mode derivative; use prefer='naive'"
+        )
     from stepdistill.kernels.block_sparse import triton
 
     return triton.forward(q, k, v, BlockIndex(index, count, block), scale)

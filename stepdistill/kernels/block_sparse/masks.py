@@ -31,7 +31,9 @@ def to_index(mask: Tensor, block: int, *, longest: int | None = None) -> BlockIn
     if block not in (16, 32, 64, 128):
         raise ValueError(f"block {block}: 16, 32, 64 or 128 expected")
     if mask.dim() not in (2, 3, 4) or mask.dtype != torch.bool:
-        raise ValueError(f"mask {tuple(mask.shape)} {mask.dtype}: boolean (QB, KB), (H, QB, KB) or (B, H, QB, KB) expected")
+        raise ValueError(
+            f"mask {tuple(mask.shape)} {mask.dtype}: boolean (QB, KB), (H, QB, KB) or (B, H, QB, KB) expected"
+        )
     mask = mask[(None,) * (4 - mask.dim())]
     count = mask.sum(-1, dtype=torch.int32)
     longest = (int(count.max()) if count.numel() else 0) if longest is None else longest

@@ -58,7 +58,7 @@ def qk_norm_rope(
     cos, sin = rotary or (None, None)
     b, _, h, d = q[0].shape
     problems: dict[Backend, str | None] = {
-        "triton": _shape_problem(h, d, across_heads) or triton_problem(*q, *k, *v),
+        "triton": _shape_problem(h, d, across_heads) or triton_problem(*q, *k, *v, half=False),
         "naive": None,
     }
     shape = (b, h, d, *[x.shape[1] for x in q])
@@ -185,9 +185,7 @@ def _backward(ctx, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None):
         if dy is None:
             made.append((none, none))
             continue
-        dx, dgain = _backward_operator(
-            dy, x, gains, cos, sin, ctx.eps, ctx.interleaved, ctx.across_heads, need_gain
-        )
+        dx, dgain = _backward_operator(dy, x, gains, cos, sin, ctx.eps, ctx.interleaved, ctx.across_heads, need_gain)
         made.append((dx, dgain if need_gain else none))
     dvs = [None] * ctx.values if dv is None or not ctx.values else list(dv.split(ctx.lengths, 1))
     return made[0][0], made[1][0], dvs, made[0][1], made[1][1], None, None, None, None, None

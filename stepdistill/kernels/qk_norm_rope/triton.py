@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 4096
+TILE = 2048
 """Elements of a tile, so that two warps to eight read 16 bytes a lane."""
 
 

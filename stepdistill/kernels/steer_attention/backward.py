@@ -7,6 +7,7 @@ dS = P (w dO V' - delta) scale, dQ = dS K, dK = dS' Q, dV = w P' dO.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import triton
@@ -31,13 +32,15 @@ TARGET_PROGRAMS = 264
 """Two for each multiprocessor of an H100: long rows of queries are split until there are so many."""
 
 
-def config(d: int, dtype: torch.dtype, sm: int) -> Config:
-    """The launch of both kernels; built and checked as the forward pass's."""
-    if dtype == torch.float32:
-        return Config(32, 32, 8, 1) if d <= 64 else Config(16, 16, 4, 1)
+def config(d: int, dtype: torch.dtype, sm: int, step: Literal["dQ", "dKV"]) -> Config:
+    """The launch of either kernel; built and checked as the forward pass's."""
+    if dtype == torch.float32:  # in the interpreter alone
+        return Config(32, 32, 4, 1)
     if d <= 64:
         return Config(64, 64 if sm >= 90 else 32, 4, 1)
-    return Config(64, 32, 8, 1) if d <= 128 else Config(32, 16, 8, 1)
+    if d <= 128:
+        return Config(32, 64, 4, 1) if step == "dKV" and sm >= 90 and d < 128 else Config(64, 32, 8, 1)
+    return Config(32, 16, 8, 1)
 
 
 @triton.jit
@@ -183,7 +186,8 @@ def backward(
     q, keys, values = rows_last(q), [rows_last(k) for k in keys], [rows_last(v) for v in values]
     grad = rows_last(grad)
     b, h, m, d = q.shape
-    c, (d1, d2) = config(d, q.dtype, architecture(q.device)), split(d)
+    at_q, at_k = (config(d, q.dtype, architecture(q.device), step) for step in ("dQ", "dKV"))
+    d1, d2 = split(d)
     dq = q.new_empty(b, m, h, d).transpose(1, 2)
     g = torch.zeros_like(lse)
     dlse = lse if grad_lse is None else grad_lse.contiguous()
@@ -191,21 +195,21 @@ def backward(
     limits = weights if lengths is None else lengths
     shared = {
         "R": len(keys), "SEPARATE": separate, "LENGTHS": lengths is not None, "DLSE": grad_lse is not None,
-        "BM": c.queries, "BN": c.keys, "D": d, "D1": d1, "D2": d2, "INTERPRET": INTERPRET, "num_warps": c.warps,
-        "num_stages": c.stages,
+        "D": d, "D1": d1, "D2": d2, "INTERPRET": INTERPRET,
     }  # fmt: skip
     if q.numel():
         pairs = [x for pair in zip(padded(keys), padded(values), strict=True) for x in pair]
-        dq_kernel[(triton.cdiv(m, c.queries) * b * h,)](
+        dq_kernel[(triton.cdiv(m, at_q.queries) * b * h,)](
             q, *pairs, weights, limits, lse, grad, dlse, dq, g,
             *q.stride()[:3], *strides(keys, values), *grad.stride()[1:4], grad.stride(0), b, h, m,
-            *counts, *[0] * (MAX_BRANCHES - len(keys)), scale, scale * LOG2E, **shared,
+            *counts, *[0] * (MAX_BRANCHES - len(keys)), scale, scale * LOG2E,
+            BM=at_q.queries, BN=at_q.keys, num_warps=at_q.warps, num_stages=at_q.stages, **shared,
         )  # fmt: skip
     dk, dv = [], []
     for r, (k, v) in enumerate(zip(keys, values, strict=True) if need_kv else ()):
-        tiles = triton.cdiv(k.shape[2], c.keys) * b * h
-        parts = max(1, min(triton.cdiv(m, c.queries), triton.cdiv(TARGET_PROGRAMS, max(tiles, 1))))
-        part = triton.cdiv(triton.cdiv(m, parts), c.queries) * c.queries
+        tiles = triton.cdiv(k.shape[2], at_k.keys) * b * h
+        parts = max(1, min(triton.cdiv(m, at_k.queries), triton.cdiv(TARGET_PROGRAMS, max(tiles, 1))))
+        part = triton.cdiv(triton.cdiv(m, parts), at_k.queries) * at_k.queries
         sums = q.new_zeros if q.numel() == 0 else q.new_empty
         dk_r, dv_r = (sums(parts, *k.shape, dtype=torch.float32) for _ in range(2))
         if q.numel() and k.numel():
@@ -213,7 +217,8 @@ def backward(
             dkv_kernel[(tiles * parts,)](
                 q, k, v, weights, limits, lse[r], out, dlse[r], g[r], dk_r, dv_r,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-                b, h, m, k.shape[2], part, scale, scale * LOG2E, BRANCH=r, **shared,
+                b, h, m, k.shape[2], part, scale, scale * LOG2E, BRANCH=r,
+                BM=at_k.queries, BN=at_k.keys, num_warps=at_k.warps, num_stages=at_k.stages, **shared,
             )  # fmt: skip
         dk.append(dk_r.sum(0).to(q.dtype))
         dv.append(dv_r.sum(0).to(q.dtype))

@@ -135,7 +135,9 @@ def _check(q: Tensor, branches: Sequence[Branch], lengths: Tensor | None) -> Non
     b, h, _, d = q.shape
     for r, (k, v) in enumerate(branches):
         if k.shape != v.shape or k.shape[:2] != (b, h) or k.dim() != 4 or k.shape[3] != d:
-            raise ValueError(f"branch {r}: keys {tuple(k.shape)}, values {tuple(v.shape)}; both ({b}, {h}, N, {d}) expected")
+            raise ValueError(
+                f"branch {r}: keys {tuple(k.shape)}, values {tuple(v.shape)}; both ({b}, {h}, N, {d}) expected"
+            )
     if lengths is not None and lengths.shape != (b, len(branches)):
         raise ValueError(f"lengths {tuple(lengths.shape)}: {(b, len(branches))} expected, one per sample and branch")
 
@@ -154,8 +156,10 @@ def _choose(
     problems: dict[Backend, str | None] = {
         "triton": _shape_problem(q, branches) or triton_problem(*tensors),
         "sdpa": no_lse,
-        "xformers": no_lse or ("it takes no lengths" if lengths is not None else xformers_problem(q) if asked else None),
-        "flex": no_lse or ("it has no empty branches" if any(k.shape[2] == 0 for k, _ in branches) else flex_problem(*tensors)),
+        "xformers": no_lse
+        or ("it takes no lengths" if lengths is not None else xformers_problem(q) if asked else None),
+        "flex": no_lse
+        or ("it has no empty branches" if any(k.shape[2] == 0 for k, _ in branches) else flex_problem(*tensors)),
         "naive": None,
     }
     counts = tuple(k.shape[2] for k, _ in branches)

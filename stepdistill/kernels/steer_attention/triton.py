@@ -10,7 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepdistill.kernels.tiles import INTERPRET, LOG2E, architecture, load_two, softmax_end, softmax_step, split, store_two
+from stepdistill.kernels.tiles import (
+    INTERPRET,
+    LOG2E,
+    architecture,
+    load_two,
+    softmax_end,
+    softmax_step,
+    split,
+    store_two,
+)
 
 MAX_BRANCHES = 3
 
@@ -30,12 +39,12 @@ def config(d: int, n: int, dtype: torch.dtype, queries: int, sm: int) -> Config:
     ``eval/attention.py --compile-only`` builds all of them for sm_80, sm_89 and sm_90: nothing spills, memory fits.
     """
     hopper = sm >= 90
-    if dtype == torch.float32:  # exact products, no tensor cores: registers are what is short
-        return Config(32, 32, 4, 1) if d <= 80 else Config(16, 32, 4, 1)
+    if dtype == torch.float32:  # in the interpreter alone
+        return Config(32, 32, 4, 1)
     if d <= 64:
         if queries < 264:  # fewer programs than two for each multiprocessor of an H100
             return Config(64, 64, 4, 2)
-        return Config(128, 128, 8, 1) if hopper and n > 64 else Config(128, 64, 8, 2)
+        return Config(128, 128, 8, 1) if hopper and n > 64 and d == 64 else Config(128, 64, 8, 2)
     if d <= 128:
         return Config(64, 64, 4, 2) if hopper or d == 128 else Config(64, 32, 4, 2)
     return Config(64, 32, 8, 2) if hopper else Config(32, 32, 4, 2)
