@@ -45,8 +45,8 @@ def test_the_specification_is_a_weighted_sum_of_torch_attention() -> None:
 
 
 def test_derivatives_of_the_specification_are_numeric_ones() -> None:
-    q, k0, v0, k1, v1 = double(1, 2, 3, 4), double(1, 2, 4, 4), double(1, 2, 4, 4), double(1, 2, 2, 4), double(1, 2, 2, 4)
-    weights, lengths = torch.randn(1, 2, dtype=F64, requires_grad=True), torch.tensor([[3, 2]])
+    q, k0, v0, k1, v1 = (double(1, 1, n, 2) for n in (2, 3, 3, 2, 2))
+    weights, lengths = torch.randn(1, 2, dtype=F64, requires_grad=True), torch.tensor([[2, 2]])
 
     def run(q, k0, v0, k1, v1, weights):
         return naive.steer_attention(q, [k0, k1], [v0, v1], weights, lengths, 0.7)

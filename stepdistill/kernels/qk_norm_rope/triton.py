@@ -147,7 +147,7 @@ def geometry(heads: int, d: int, length: int, across_heads: bool) -> tuple[dict[
     """Constants of a launch, and its number of programs per sample."""
     pairs = (heads if across_heads else 1) * d // 2
     p = triton.next_power_of_2(pairs)
-    bt = 1 if across_heads else max(1, min(TILE // (2 * p), triton.next_power_of_2(length)))
+    bt = max(1, min(TILE // (2 * p), triton.next_power_of_2(max(length, 1))))
     made = {"PAIRS": pairs, "P": p, "D": d, "BT": bt, "num_warps": 8 if p > 2048 else 4}
     return made, triton.cdiv(length, bt) * (heads * d // (2 * pairs))
 
