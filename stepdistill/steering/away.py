@@ -56,8 +56,9 @@ def nag(towards: Tensor, away: Tensor, scale: float, tau: float, alpha: float) -
     Norms are L1 per token, over heads and channels.
     """
     far = towards + scale * (towards - away)
-    length, limit = (x.float().abs().sum((1, 3), keepdim=True) for x in (far, towards))
-    shrink = (tau * limit / length.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1.0)
+    wide = torch.promote_types(far.dtype, torch.float32)
+    length, limit = (x.to(wide).abs().sum((1, 3), keepdim=True) for x in (far, towards))
+    shrink = (tau * limit / length.clamp_min(torch.finfo(wide).tiny)).clamp_max(1.0)
     return alpha * far * shrink.to(far.dtype) + (1 - alpha) * towards
 
 

@@ -31,13 +31,15 @@ def config(d: int, block: int, dtype: torch.dtype, sm: int, step: Literal["forwa
     if dtype == torch.float32:  # in the interpreter alone
         c = Config(32, 32, 4, 1)
     elif step == "forward" and d > 128:
-        c = Config(64, 32, 8, 2) if hopper else Config(32, 32, 4, 2)
+        c = Config(64, 32, 8, 2) if hopper else Config(32, 32, 8, 2)
+    elif step == "forward" and d in (64, 128):
+        c = Config(128, 64, 8, 2) if block == 128 else Config(64, 64 if d == 64 else 32, 4, 2)
     elif step == "forward":
-        c = Config(128, 64, 8, 2) if block == 128 and d in (64, 128) else Config(64, 64 if d <= 64 else 32, 4, 2)
+        c = Config(64, 32, 4, 2) if hopper and d > 64 else Config(64, 64, 4, 2) if d < 64 else Config(64, 64, 8, 1)
     elif d > 128:
         c = Config(32, 16, 4 if step == "dKV" and hopper else 8, 1)
     elif d <= 64:
-        c = Config(64, 64, 4, 1) if hopper else Config(64, 32, 8 if d < 64 else 4, 1)
+        c = Config(64, 64, 4, 1) if hopper else Config(64, 32, 4 if step == "dQ" and d == 64 else 8, 1)
     elif step == "dKV" and hopper and d < 128:
         c = Config(32, 64, 4, 1)
     else:

@@ -37,7 +37,7 @@ def config(d: int, dtype: torch.dtype, sm: int, step: Literal["dQ", "dKV"]) -> C
     if dtype == torch.float32:  # in the interpreter alone
         return Config(32, 32, 4, 1)
     if d <= 64:
-        return Config(64, 64 if sm >= 90 else 32, 4, 1)
+        return Config(64, 64, 4, 1) if sm >= 90 else Config(64 if step == "dQ" else 32, 32, 4, 1)
     if d <= 128:
         return Config(32, 64, 4, 1) if step == "dKV" and sm >= 90 and d < 128 else Config(64, 32, 8, 1)
     return Config(32, 16, 8, 1)
