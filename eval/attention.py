@@ -2,7 +2,7 @@
 
     python eval/attention.py                            # all suites on the GPU; rows of this device in attention.json
     python eval/attention.py --suites steer --only SDXL
-    python eval/attention.py --enable                   # make shapes with >= 5 % gain the default (kernels/enabled.json)
+    python eval/attention.py --enable                   # shapes with >= 5 % gain become the default (enabled.json)
     python eval/attention.py --compile-only             # every configuration for sm_80, 89, 90; kernels_compile.json
 
 Contestants alternate; times are medians. ``eager`` calls from Python as a sampler does, ``graph`` replays a CUDA graph

@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from stepdistill.kernels import Stream, block_sparse_attention, qk_norm_rope, steer_attention
-from stepdistill.kernels.block_sparse import to_index
 from stepdistill.kernels.block_sparse import naive as sparse_naive
+from stepdistill.kernels.block_sparse import to_index
 from stepdistill.kernels.qk_norm_rope import naive as rope_naive
 from stepdistill.kernels.steer_attention import naive as steer_naive
 
@@ -58,12 +58,14 @@ def plans(suite: str) -> Iterator[Plan]:
     """``steer``, ``dense``, ``rope`` or ``sparse``."""
     for model, h, m, n, d in {
         "steer": (
-            ("SD1.5 cross 64", 8, 4096, 77, 40), ("SD1.5 cross 32", 8, 1024, 77, 80), ("SD1.5 cross 16", 8, 256, 77, 160),
-            ("SDXL cross 64", 10, 4096, 77, 64), ("SDXL cross 32", 20, 1024, 77, 64), ("PixArt cross", 16, 4096, 300, 72),
+            ("SD1.5 cross 64", 8, 4096, 77, 40), ("SD1.5 cross 32", 8, 1024, 77, 80),
+            ("SD1.5 cross 16", 8, 256, 77, 160), ("SDXL cross 64", 10, 4096, 77, 64),
+            ("SDXL cross 32", 20, 1024, 77, 64), ("PixArt cross", 16, 4096, 300, 72),
             ("Wan cross", 12, 32760, 512, 128),
         ),
         "dense": (
-            ("SD1.5 self 64", 8, 4096, 4096, 40), ("SDXL self 64", 10, 4096, 4096, 64), ("SDXL self 32", 20, 1024, 1024, 64),
+            ("SD1.5 self 64", 8, 4096, 4096, 40), ("SDXL self 64", 10, 4096, 4096, 64),
+            ("SDXL self 32", 20, 1024, 1024, 64),
             ("PixArt self", 16, 4096, 4096, 72), ("SD3 joint", 24, 4429, 4429, 64), ("FLUX joint", 24, 4608, 4608, 128),
             ("Wan self", 12, 32760, 32760, 128),
         ),

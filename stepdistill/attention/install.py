@@ -120,6 +120,7 @@ def _check_backend(net: nn.Module, backend: Backend | None) -> None:
 
 
 def unknown_processor(net: nn.Module, processor: Any) -> ValueError:
+    """The error that a processor of another kind gets."""
     return ValueError(
         f"{type(net).__name__} has a {type(processor).__name__}, which is not known here; remove what installed it "
         "(an IP-adapter, PAG, fused projections), or use another network"

@@ -115,7 +115,7 @@ def forward_mode() -> bool:
 
 
 def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors in autocast's dtype where it is on: it casts the inputs of torch's operators, not those of custom ones."""
+    """Tensors in autocast's dtype where it is on: it casts what goes into torch's operators, not into custom ones."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors

@@ -25,11 +25,13 @@ def merge_lse(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """
     if not parts:
         raise ValueError("merge_lse: no parts; give at least one (output, log-sum-exp)")
-    out, lse = parts[0]
-    for o, l in parts:
-        if o.shape != out.shape or l.shape != o.shape[:-1]:
-            raise ValueError(f"merge_lse: {tuple(o.shape)}, {tuple(l.shape)}; {tuple(out.shape)} and its rows expected")
-    all_lse = torch.stack([l for _, l in parts])
+    out = parts[0][0]
+    for o, part in parts:
+        if o.shape != out.shape or part.shape != o.shape[:-1]:
+            raise ValueError(
+                f"merge_lse: {tuple(o.shape)}, {tuple(part.shape)}; {tuple(out.shape)} and its rows expected"
+            )
+    all_lse = torch.stack([lse for _, lse in parts])
     top = all_lse.detach().amax(0)
     weights = torch.exp(all_lse - top.masked_fill(top == float("-inf"), 0.0))
     total = weights.sum(0)

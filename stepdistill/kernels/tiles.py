@@ -7,15 +7,31 @@ padded as a whole (72 to 128); ``split`` says how. D2 = 0 means that there is no
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether the kernels were made for the interpreter: Triton decides it when a kernel is decorated."""
 
 LOG2E = 1.4426950408889634
+
+
+class Config(NamedTuple):
+    """Of a launch: rows of queries and of keys in a tile, warps, pipeline stages."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def rows_last(x: Tensor) -> Tensor:
+    """The tensor itself, or a copy if its last dimension has a stride."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def split(d: int) -> tuple[int, int]:
@@ -91,10 +107,10 @@ def products(a1, a2, b1, b2, D2: tl.constexpr, INTERPRET: tl.constexpr):
 
 @triton.jit
 def softmax_step(
-    q1, q2, k, v, rows, n, stride_k, stride_v, m, l, acc1, acc2, log2_scale,
+    q1, q2, k, v, rows, n, stride_k, stride_v, m, total, acc1, acc2, log2_scale,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys taken into a softmax in base 2: its maximum m, sum l and weighted values acc.
+    """One tile of keys taken into a softmax in base 2: its maximum m, sum total and weighted values acc.
 
     At least one of ``rows`` must be below n, so that no score row is -inf throughout.
     """
@@ -104,20 +120,20 @@ def softmax_step(
     new = tl.maximum(m, tl.max(s, 1))
     p = tl.exp2(s - new[:, None])
     shrink = tl.exp2(m - new)
-    l = l * shrink + tl.sum(p, 1)
+    total = total * shrink + tl.sum(p, 1)
     v1, v2 = load_two(v, rows, n, stride_v, D, D1, D2)
     p = p.to(v1.dtype)
     acc1 = acc1 * shrink[:, None] + dot(p, v1, INTERPRET)
     if D2 > 0:
         acc2 = acc2 * shrink[:, None] + dot(p, v2, INTERPRET)
-    return new, l, acc1, acc2
+    return new, total, acc1, acc2
 
 
 @triton.jit
-def softmax_end(m, l, acc1, acc2):
+def softmax_end(m, total, acc1, acc2):
     """Outputs and base-2 log-sum-exp; 0 and -inf where there was no key."""
-    none = l == 0.0
-    safe = tl.where(none, 1.0, l)
+    none = total == 0.0
+    safe = tl.where(none, 1.0, total)
     return acc1 / safe[:, None], acc2 / safe[:, None], tl.where(none, float("-inf"), m + tl.log2(safe))
 
 
@@ -136,7 +152,7 @@ def dq_step(
     q1, q2, do1, do2, k, v, rows, n, stride_k, stride_v, lse2, delta, w, dq1, dq2, scale, log2_scale,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """dQ from one tile of keys: dS = P (w dO V' - delta), dQ += dS K scale."""
+    """Queries' part, dQ, from one tile of keys: dS = P (w dO V' - delta), dQ += dS K scale."""
     k1, k2 = load_two(k, rows, n, stride_k, D, D1, D2)
     v1, v2 = load_two(v, rows, n, stride_v, D, D1, D2)
     p = probabilities(q1, q2, k1, k2, lse2, rows, n, log2_scale, D2, INTERPRET)
@@ -153,7 +169,7 @@ def dkv_step(
     k1, k2, v1, v2, keys, n, q, do, rows, m, stride_q, stride_do, lse2, delta, w, dk1, dk2, dv1, dv2, scale, log2_scale,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV from one tile of queries; those from m on must have a log-sum-exp of -inf."""
+    """Keys' and values' part, dK and dV, from one tile of queries; those from m on must have a log-sum-exp of -inf."""
     q1, q2 = load_two(q, rows, m, stride_q, D, D1, D2)
     do1, do2 = load_two(do, rows, m, stride_do, D, D1, D2)
     p = probabilities(q1, q2, k1, k2, lse2, keys, n, log2_scale, D2, INTERPRET)

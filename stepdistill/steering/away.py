@@ -93,7 +93,7 @@ def joint(q: Tensor, k: Tensor, v: Tensor, image: slice, texts: tuple[slice, sli
     out: dict[slice, Tensor] = {}
     images = []
     for text in texts:
-        parts = [part for part in order if part == image or part == text]
+        parts = [part for part in order if part in (image, text)]
         x = [torch.cat([tensor[:, :, p] for p in parts], 2) for tensor in (q, k, v)]
         z = scaled_dot_product_attention(*x)
         pieces = dict(zip([p.start for p in parts], z.split([p.stop - p.start for p in parts], 2), strict=True))

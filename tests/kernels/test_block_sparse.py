@@ -163,7 +163,7 @@ def test_all_blocks_are_dense_attention(one_setting) -> None:
 
 def test_lists_that_do_not_fit() -> None:
     x = torch.zeros(1, 1, 40, 8)
-    with pytest.raises(ValueError, match="blocks.count"):
+    with pytest.raises(ValueError, match=r"blocks\.count"):
         block_sparse_attention(x, x, x, to_index(torch.ones(2, 3, dtype=torch.bool), 16))
     with pytest.raises(ValueError, match="block 24"):
         to_index(torch.ones(2, 2, dtype=torch.bool), 24)

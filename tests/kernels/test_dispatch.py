@@ -42,7 +42,7 @@ def test_what_is_asked_for_runs_or_says_why_not() -> None:
     with pytest.raises(ValueError, match="head dimension 200"):
         wide = torch.zeros(1, 1, 2, 200)
         steer_attention(wide, [(wide, wide)], (1.0,), prefer="triton")
-    with pytest.raises(ValueError, match="dtype torch.float64"):
+    with pytest.raises(ValueError, match=r"dtype torch\.float64"):
         steer_attention(X.double(), [(X.double(), X.double())], (1.0,), prefer="triton")
     with pytest.raises(ValueError, match="4 branches"):
         steer_attention(X, [(X, X)] * 4, (1.0,) * 4, prefer="triton")

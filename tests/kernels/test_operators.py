@@ -154,7 +154,7 @@ def test_second_derivatives_are_refused_and_the_naive_form_has_them(operation: O
         )
         return torch.autograd.grad(grad[0].square().sum(), tensors[0])[0]
 
-    with pytest.raises(RuntimeError, match="stepdistill.*_backward"):
+    with pytest.raises(RuntimeError, match=r"stepdistill.*_backward"):
         slope("triton")
     assert slope("naive").abs().max() > 0
     with prefer("naive"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -52,7 +54,7 @@ def test_joint_attention_shows_each_prompt_what_it_would_see_alone(order: str) -
     parts, at = (
         ((image, towards, away), (0, 5, 8, 10)) if order == "image first" else ((towards, away, image), (0, 3, 5, 10))
     )
-    slices = [slice(a, b) for a, b in zip(at, at[1:], strict=False)]
+    slices = [slice(a, b) for a, b in itertools.pairwise(at)]
     i, texts = (slices[0], tuple(slices[1:])) if order == "image first" else (slices[2], tuple(slices[:2]))
     out = joint(*torch.cat(parts, 3), i, texts, Away(0.7))
     alone = [sdpa(*torch.cat([image, text], 3)) for text in (towards, away)]

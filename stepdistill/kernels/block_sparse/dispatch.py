@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from stepdistill.kernels.block_sparse import naive
 from stepdistill.kernels.block_sparse.masks import BlockIndex, to_mask
+from stepdistill.kernels.block_sparse.naive import block_sparse_attention as naive_attention
 from stepdistill.kernels.dispatch import Backend, choose, flex_problem, forward_mode, triton_problem, under_autocast
 
 MAX_HEAD_DIM = 160
@@ -65,7 +65,7 @@ def block_sparse_attention(
     if backend == "flex":
         return _flex(q, k, v, blocks, scale)
     if backend == "naive":
-        out, lse = naive.block_sparse_attention(q, k, v, blocks, scale)
+        out, lse = naive_attention(q, k, v, blocks, scale)
     else:
         out, lse = _operator(q, k, v, blocks.index, blocks.count, size, scale)
     return (out, lse) if return_lse else out
@@ -124,9 +124,9 @@ def _operator(
         raise NotImplementedError(
             "stepdistill::block_sparse_attention has no forward-mode derivative; use prefer='naive'"
         )
-    from stepdistill.kernels.block_sparse import triton
+    from stepdistill.kernels.block_sparse.triton import forward
 
-    return triton.forward(q, k, v, BlockIndex(index, count, block), scale)
+    return forward(q, k, v, BlockIndex(index, count, block), scale)
 
 
 @_operator.register_fake
@@ -150,9 +150,9 @@ def _backward_operator(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``triton.backward``; it has no derivative of its own, so a second one raises."""
-    from stepdistill.kernels.block_sparse import triton
+    from stepdistill.kernels.block_sparse.triton import backward
 
-    return triton.backward(grad, grad_lse, q, k, v, BlockIndex(index, count, block), out, lse, scale)
+    return backward(grad, grad_lse, q, k, v, BlockIndex(index, count, block), out, lse, scale)
 
 
 @_backward_operator.register_fake

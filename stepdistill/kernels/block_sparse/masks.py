@@ -162,8 +162,8 @@ def lcsa(
 
     Tokens are in ``window_order``, so that one window of two frames is a block and ``windows`` of them are a slab.
     Windows further away than ``local_range // 2`` rows or columns are out; the rest are ranked by the softmax of mean
-    queries against mean keys, and each head's slab of queries keeps those above its (k + 1)-th, k = floor(W^2 ratio) - 1
-    over all pairs of its W query windows and all keys. Without gradient.
+    queries against mean keys, and each head's slab of queries keeps those above its (k + 1)-th,
+    k = floor(W^2 ratio) - 1, over all pairs of its W query windows and all keys. Without gradient.
 
     Args:
         q: (B, H, slabs W block, d).

@@ -10,14 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from stepdistill.kernels.block_sparse.masks import BlockIndex, to_index, to_mask
-from stepdistill.kernels.steer_attention.triton import Config, rows_last
 from stepdistill.kernels.tiles import (
     INTERPRET,
     LOG2E,
+    Config,
     architecture,
     dkv_step,
     dq_step,
     load_two,
+    rows_last,
     softmax_end,
     softmax_step,
     split,
@@ -72,24 +73,24 @@ def forward_kernel(
     v += b * svb + h * svh
     index += b * sib + h * sih + i * sii
     m = tl.full([BM], float("-inf"), tl.float32)
-    l = tl.zeros([BM], tl.float32)
+    total = tl.zeros([BM], tl.float32)
     acc1 = tl.zeros([BM, D1], tl.float32)
     acc2 = tl.zeros([BM, W2], tl.float32)
     for j in range(0, tl.load(count + b * scb + h * sch + i)):
         start = tl.load(index + j) * BLOCK
         for part in range(0, BLOCK, BN):  # the first part of a block has a key; later ones may lie beyond the end
             keys = start + part + tl.arange(0, BN)
-            m, l, acc1, acc2 = softmax_step(
-                q1, q2, k, v, keys, N, skn, svn, m, l, acc1, acc2, log2_scale, D, D1, D2, INTERPRET
+            m, total, acc1, acc2 = softmax_step(
+                q1, q2, k, v, keys, N, skn, svn, m, total, acc1, acc2, log2_scale, D, D1, D2, INTERPRET
             )
-    o1, o2, lse2 = softmax_end(m, l, acc1, acc2)
+    o1, o2, lse2 = softmax_end(m, total, acc1, acc2)
     tl.store(lse + (b * H + h) * M + rows, lse2 * 0.6931471805599453, mask=rows < M)
     store_two(out + b * M * H * D + h * D, o1, o2, rows, M, H * D, D, D1, D2)
 
 
 @triton.jit
 def dq_kernel(
-    q, k, v, index, count, lse, delta, do, dq, sqb, sqh, sqm, skb, skh, skn, svb, svh, svn, sob, soh, som,
+    q, k, v, index, count, lse, delta, do, dq, sqb, sqh, sqm, skb, skh, skn, svb, svh, svn, sgb, sgh, sgm,
     sib, sih, sii, scb, sch, H, M, N, scale, log2_scale,
     BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -98,7 +99,7 @@ def dq_kernel(
     W2: tl.constexpr = D2 if D2 > 0 else 16
     b, h, i, rows = _place(tl.cdiv(M, BM), H, BLOCK, BM)
     q1, q2 = load_two(q + b * sqb + h * sqh, rows, M, sqm, D, D1, D2)
-    do1, do2 = load_two(do + b * sob + h * soh, rows, M, som, D, D1, D2)
+    do1, do2 = load_two(do + b * sgb + h * sgh, rows, M, sgm, D, D1, D2)
     at = (b * H + h) * M + rows
     lse2 = tl.load(lse + at, mask=rows < M, other=float("-inf")) * 1.4426950408889634
     less = tl.load(delta + at, mask=rows < M, other=0.0)
@@ -120,7 +121,7 @@ def dq_kernel(
 
 @triton.jit
 def dkv_kernel(
-    q, k, v, index, count, lse, delta, do, dk, dv, sqb, sqh, sqm, skb, skh, skn, svb, svh, svn, sob, soh, som,
+    q, k, v, index, count, lse, delta, do, dk, dv, sqb, sqh, sqm, skb, skh, skn, svb, svh, svn, sgb, sgh, sgm,
     sib, sih, sii, scb, sch, H, M, N, scale, log2_scale,
     BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -132,7 +133,7 @@ def dkv_kernel(
     v1, v2 = load_two(v + b * svb + h * svh, keys, N, svn, D, D1, D2)
     index += b * sib + h * sih + i * sii
     q += b * sqb + h * sqh
-    do += b * sob + h * soh
+    do += b * sgb + h * sgh
     dk1 = tl.zeros([BN, D1], tl.float32)
     dv1 = tl.zeros([BN, D1], tl.float32)
     dk2 = tl.zeros([BN, W2], tl.float32)
@@ -145,7 +146,7 @@ def dkv_kernel(
             lse2 = tl.load(lse + at, mask=rows < M, other=float("-inf")) * 1.4426950408889634
             less = tl.load(delta + at, mask=rows < M, other=0.0)
             dk1, dk2, dv1, dv2 = dkv_step(
-                k1, k2, v1, v2, keys, N, q, do, rows, M, sqm, som, lse2, less, 1.0, dk1, dk2, dv1, dv2, scale,
+                k1, k2, v1, v2, keys, N, q, do, rows, M, sqm, sgm, lse2, less, 1.0, dk1, dk2, dv1, dv2, scale,
                 log2_scale, D, D1, D2, INTERPRET,
             )  # fmt: skip
     at = b * N * H * D + h * D

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from stepdistill.kernels.dispatch import Backend, choose, forward_mode, triton_problem
-from stepdistill.kernels.qk_norm_rope import naive
+from stepdistill.kernels.qk_norm_rope.naive import norm_rope
 
 MAX_ROW = 16384
 """Elements that one program can hold."""
 
 
 class Stream(NamedTuple):
-    """Projections of one kind of tokens, such as text or image; (B, L, H, d) each, views of a packed tensor are fine."""
+    """Projections of one kind of tokens, text or image; (B, L, H, d) each, views of a packed tensor are fine."""
 
     q: Tensor
     k: Tensor
@@ -64,7 +64,7 @@ def qk_norm_rope(
     shape = (b, h, d, *[x.shape[1] for x in q])
     if choose("qk_norm_rope", problems, q[0], shape, prefer) == "naive":
         made = [
-            naive.norm_rope(x, gains, cos, sin, eps, interleaved, across_heads)
+            norm_rope(x, gains, cos, sin, eps, interleaved, across_heads)
             for x, gains in ((q, [s.q_gain for s in streams]), (k, [s.k_gain for s in streams]))
         ]
         return made[0], made[1], torch.cat(v, 1) if len(v) > 1 else v[0] if v else None
@@ -131,9 +131,9 @@ def _operator(
     """Joint queries, keys, and values (empty where ``v`` is)."""
     if forward_mode():
         raise NotImplementedError("stepdistill::qk_norm_rope has no forward-mode derivative; use prefer='naive'")
-    from stepdistill.kernels.qk_norm_rope import triton
+    from stepdistill.kernels.qk_norm_rope.triton import forward
 
-    return triton.forward(q, k, v, q_gains, k_gains, cos, sin, eps, interleaved, across_heads)
+    return forward(q, k, v, q_gains, k_gains, cos, sin, eps, interleaved, across_heads)
 
 
 @_operator.register_fake
@@ -156,9 +156,9 @@ def _backward_operator(
     need_gain: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """See ``triton.backward``; it has no derivative of its own, so a second one raises."""
-    from stepdistill.kernels.qk_norm_rope import triton
+    from stepdistill.kernels.qk_norm_rope.triton import backward
 
-    return triton.backward(dy, x, gains, cos, sin, eps, interleaved, across_heads, need_gain)
+    return backward(dy, x, gains, cos, sin, eps, interleaved, across_heads, need_gain)
 
 
 @_backward_operator.register_fake

@@ -88,12 +88,12 @@ def forward_kernel(
         c, s = load_angles(cos + b * scb, sin + b * scb, first + rows, mask, scl, scd, PAIRS, P, D)
     for which in tl.static_range(2):
         if which == 0:
-            x, gain, o, sxb, sxl, sxh = q, gq, oq, sqb, sql, sqh
+            x, gain, o, sib, sil, sih = q, gq, oq, sqb, sql, sqh
         else:
-            x, gain, o, sxb, sxl, sxh = k, gk, ok, skb, skl, skh
-        xa, xb = load_pairs(x + b * sxb + h * sxh, rows, mask, sxl, sxh, PAIRS, P, D, INTERLEAVED, BT)
+            x, gain, o, sib, sil, sih = k, gk, ok, skb, skl, skh
+        xa, xb = load_pairs(x + b * sib + h * sih, rows, mask, sil, sih, PAIRS, P, D, INTERLEAVED, BT)
         ga, gb = load_pairs(gain, one, one == 0, 0, D, PAIRS, P, D, INTERLEAVED, 1)
-        xa, xb, r = _normed(xa, xb, eps, 2 * PAIRS)
+        xa, xb, _ = _normed(xa, xb, eps, 2 * PAIRS)
         xa *= ga
         xb *= gb
         if ROPE:
@@ -106,7 +106,7 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    x, gain, cos, sin, dy, dx, dgain, sxb, sxl, sxh, syb, syl, syh, sob, sol, soh, scb, scl, scd, H, L, first, eps,
+    x, gain, cos, sin, dy, dx, dgain, sib, sil, sih, syb, syl, syh, sob, sol, soh, scb, scl, scd, H, L, first, eps,
     ROPE: tl.constexpr, DGAIN: tl.constexpr, PAIRS: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
     INTERLEAVED: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
@@ -123,7 +123,7 @@ def backward_kernel(
     mask = rows < L
     one = tl.zeros([1], tl.int32)
     dy += b * syb + h * syh + first.to(tl.int64) * syl
-    ua, ub = load_pairs(x + b * sxb + h * sxh, rows, mask, sxl, sxh, PAIRS, P, D, INTERLEAVED, BT)
+    ua, ub = load_pairs(x + b * sib + h * sih, rows, mask, sil, sih, PAIRS, P, D, INTERLEAVED, BT)
     ya, yb = load_pairs(dy, rows, mask, syl, syh, PAIRS, P, D, INTERLEAVED, BT)
     ga, gb = load_pairs(gain, one, one == 0, 0, D, PAIRS, P, D, INTERLEAVED, 1)
     if ROPE:

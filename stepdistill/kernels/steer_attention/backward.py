@@ -14,16 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepdistill.kernels.steer_attention.triton import MAX_BRANCHES, Config, padded, rows_last, strides
+from stepdistill.kernels.steer_attention.triton import MAX_BRANCHES, padded, strides
 from stepdistill.kernels.tiles import (
     INTERPRET,
     LOG2E,
+    Config,
     architecture,
     dkv_step,
     dq_step,
     load_two,
     probabilities,
     products,
+    rows_last,
     split,
     store_two,
 )
@@ -70,7 +72,7 @@ def _branch_dq(
 def dq_kernel(
     q, k0, v0, k1, v1, k2, v2, weights, lengths, lse, do, dlse, dq, g,
     sqb, sqh, sqm, sk0b, sk0h, sk0n, sv0b, sv0h, sv0n, sk1b, sk1h, sk1n, sv1b, sv1h, sv1n,
-    sk2b, sk2h, sk2n, sv2b, sv2h, sv2n, sob, soh, som, sor, B, H, M, N0, N1, N2, scale, log2_scale,
+    sk2b, sk2h, sk2n, sv2b, sv2h, sv2n, sgb, sgh, sgm, sgr, B, H, M, N0, N1, N2, scale, log2_scale,
     R: tl.constexpr, SEPARATE: tl.constexpr, LENGTHS: tl.constexpr, DLSE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, INTERPRET: tl.constexpr,
@@ -83,8 +85,8 @@ def dq_kernel(
     h = ((pid // tiles) % H).to(tl.int64)
     rows = (pid % tiles) * BM + tl.arange(0, BM)
     q1, q2 = load_two(q + b * sqb + h * sqh, rows, M, sqm, D, D1, D2)
-    do += b * sob + h * soh
-    do1, do2 = load_two(do, rows, M, som, D, D1, D2)
+    do += b * sgb + h * sgh
+    do1, do2 = load_two(do, rows, M, sgm, D, D1, D2)
     dq1 = tl.zeros([BM, D1], tl.float32)
     dq2 = tl.zeros([BM, W2], tl.float32)
     for r in tl.static_range(R):
@@ -99,7 +101,7 @@ def dq_kernel(
         if SEPARATE:
             w = 1.0
             if r > 0:
-                do1, do2 = load_two(do + r * sor, rows, M, som, D, D1, D2)
+                do1, do2 = load_two(do + r * sgr, rows, M, sgm, D, D1, D2)
         else:
             w = tl.load(weights + b * R + r)
         at = r * B.to(tl.int64) * H * M + (b * H + h) * M + rows
@@ -118,7 +120,7 @@ def dq_kernel(
 @triton.jit
 def dkv_kernel(
     q, k, v, weights, lengths, lse, do, dlse, g, dk, dv,
-    sqb, sqh, sqm, skb, skh, skn, svb, svh, svn, sob, soh, som, B, H, M, N, part, scale, log2_scale,
+    sqb, sqh, sqm, skb, skh, skn, svb, svh, svn, sgb, sgh, sgm, B, H, M, N, part, scale, log2_scale,
     R: tl.constexpr, BRANCH: tl.constexpr, SEPARATE: tl.constexpr, LENGTHS: tl.constexpr, DLSE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, INTERPRET: tl.constexpr,
@@ -137,10 +139,7 @@ def dkv_kernel(
     n = N
     if LENGTHS:
         n = tl.minimum(n, tl.load(lengths + b * R + BRANCH))
-    if SEPARATE:
-        w = 1.0
-    else:
-        w = tl.load(weights + b * R + BRANCH)
+    w = 1.0 if SEPARATE else tl.load(weights + b * R + BRANCH)
     k1, k2 = load_two(k + b * skb + h * skh, keys, n, skn, D, D1, D2)
     v1, v2 = load_two(v + b * svb + h * svh, keys, n, svn, D, D1, D2)
     dk1 = tl.zeros([BN, D1], tl.float32)
@@ -156,7 +155,7 @@ def dkv_kernel(
         if DLSE:
             delta -= tl.load(dlse + at, mask=rows < end, other=0.0)
         dk1, dk2, dv1, dv2 = dkv_step(
-            k1, k2, v1, v2, keys, n, q + b * sqb + h * sqh, do + b * sob + h * soh, rows, end, sqm, som, lse2, delta, w,
+            k1, k2, v1, v2, keys, n, q + b * sqb + h * sqh, do + b * sgb + h * sgh, rows, end, sqm, sgm, lse2, delta, w,
             dk1, dk2, dv1, dv2, scale, log2_scale, D, D1, D2, INTERPRET,
         )  # fmt: skip
     at = ((split_at * B + b) * H + h) * N * D
@@ -179,9 +178,7 @@ def backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     """DQ, dK and dV of each branch (empty lists unless ``need_kv``), and g (R, B, H, M).
 
-    Args:
-        grad: of the outputs (S, B, H, M, d).
-        grad_lse: of the log-sum-exp (R, B, H, M), or None.
+    ``grad`` (S, B, H, M, d) and ``grad_lse`` (R, B, H, M) or None are of the forward pass's answers.
     """
     q, keys, values = rows_last(q), [rows_last(k) for k in keys], [rows_last(v) for v in values]
     grad = rows_last(grad)

@@ -17,7 +17,9 @@ from stepdistill.kernels.dispatch import (
     under_autocast,
     xformers_problem,
 )
-from stepdistill.kernels.steer_attention import naive
+from stepdistill.kernels.steer_attention.naive import branch_attention as naive_branches
+from stepdistill.kernels.steer_attention.naive import steer_attention as naive_steering
+from stepdistill.kernels.steer_attention.naive import visible_keys
 
 MAX_BRANCHES = 3
 MAX_HEAD_DIM = 160
@@ -73,7 +75,7 @@ def steer_attention(
     if backend in ("triton", "naive"):
         w = weights if isinstance(weights, Tensor) else torch.tensor(weights, dtype=torch.float32, device=q.device)
         if backend == "naive":
-            out, lse = naive.steer_attention(q, keys, values, w.expand(len(q), len(keys)), lengths, scale)
+            out, lse = naive_steering(q, keys, values, w.expand(len(q), len(keys)), lengths, scale)
         else:
             w = w.to(q.device, torch.float32).expand(len(q), len(keys)).contiguous()
             out, lse = _operator(q, keys, values, w, _counts(lengths), scale, False)
@@ -117,7 +119,7 @@ def branch_attention(
     backend = _choose(q, branches, lengths, return_lse, prefer)
     keys, values = [k for k, _ in branches], [v for _, v in branches]
     if backend == "naive":
-        out, lse = naive.branch_attention(q, keys, values, lengths, scale)
+        out, lse = naive_branches(q, keys, values, lengths, scale)
     elif backend == "triton":
         w = torch.ones(len(q), len(keys), device=q.device)
         out, lse = _operator(q, keys, values, w, _counts(lengths), scale, True)
@@ -192,7 +194,7 @@ def _library(backend: Backend, q: Tensor, k: Tensor, v: Tensor, length: Tensor |
         )  # fmt: skip
     if k.shape[2] == 0:
         return q * 0
-    return scaled_dot_product_attention(q, k, v, attn_mask=naive.visible_keys(length, k.shape[2]), scale=scale)
+    return scaled_dot_product_attention(q, k, v, attn_mask=visible_keys(length, k.shape[2]), scale=scale)
 
 
 def _counts(lengths: Tensor | None) -> Tensor | None:
@@ -212,9 +214,9 @@ def _operator(
     """Outputs (S, B, H, M, d), S = R if ``separate`` and 1 else, and log-sum-exp (R, B, H, M)."""
     if forward_mode():
         raise NotImplementedError("stepdistill::steer_attention has no forward-mode derivative; use prefer='naive'")
-    from stepdistill.kernels.steer_attention import triton
+    from stepdistill.kernels.steer_attention.triton import forward
 
-    return triton.forward(q, keys, values, weights, lengths, scale, separate)
+    return forward(q, keys, values, weights, lengths, scale, separate)
 
 
 @_operator.register_fake
@@ -239,9 +241,9 @@ def _backward_operator(
     need_kv: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     """See ``backward.backward``; it has no derivative of its own, so a second one raises."""
-    from stepdistill.kernels.steer_attention import backward
+    from stepdistill.kernels.steer_attention.backward import backward
 
-    return backward.backward(grad, grad_lse, q, keys, values, weights, lengths, lse, scale, separate, need_kv)
+    return backward(grad, grad_lse, q, keys, values, weights, lengths, lse, scale, separate, need_kv)
 
 
 @_backward_operator.register_fake

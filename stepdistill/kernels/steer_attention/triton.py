@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -13,8 +12,10 @@ from torch import Tensor
 from stepdistill.kernels.tiles import (
     INTERPRET,
     LOG2E,
+    Config,
     architecture,
     load_two,
+    rows_last,
     softmax_end,
     softmax_step,
     split,
@@ -22,15 +23,6 @@ from stepdistill.kernels.tiles import (
 )
 
 MAX_BRANCHES = 3
-
-
-class Config(NamedTuple):
-    """Of a launch: rows of queries and of keys in a tile, warps, pipeline stages."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
 
 
 def config(d: int, n: int, dtype: torch.dtype, queries: int, sm: int) -> Config:
@@ -59,15 +51,15 @@ def _branch(
     k += b * skb + h * skh
     v += b * svb + h * svh
     m = tl.full([BM], float("-inf"), tl.float32)
-    l = tl.zeros([BM], tl.float32)
+    total = tl.zeros([BM], tl.float32)
     acc1 = tl.zeros([BM, D1], tl.float32)
     acc2 = tl.zeros([BM, W2], tl.float32)
     for start in range(0, n, BN):
         rows = start + tl.arange(0, BN)
-        m, l, acc1, acc2 = softmax_step(
-            q1, q2, k, v, rows, n, skn, svn, m, l, acc1, acc2, log2_scale, D, D1, D2, INTERPRET
+        m, total, acc1, acc2 = softmax_step(
+            q1, q2, k, v, rows, n, skn, svn, m, total, acc1, acc2, log2_scale, D, D1, D2, INTERPRET
         )
-    return softmax_end(m, l, acc1, acc2)
+    return softmax_end(m, total, acc1, acc2)
 
 
 @triton.jit
@@ -118,11 +110,6 @@ def empty_outputs(q: Tensor, branches: int, separate: bool) -> tuple[Tensor, Ten
     b, h, m, d = q.shape
     out = q.new_empty(branches if separate else 1, b, m, h, d).transpose(2, 3)
     return out, q.new_empty(branches, b, h, m, dtype=torch.float32)
-
-
-def rows_last(x: Tensor) -> Tensor:
-    """The tensor itself, or a copy if its last dimension has a stride."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def padded(tensors: Sequence[Tensor]) -> list[Tensor]:
