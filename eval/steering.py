@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from common import put_into_readme
 from torch import Tensor
 
 from stepdistill.evaluation.shapes import load_judges
@@ -52,6 +53,22 @@ def main(given: Arguments) -> None:
                 rows.append({"student": name, "colour": colour, "method": method, "scale": scale, "n": given.n} | share)
                 print(rows[-1], flush=True)
     given.out.write_text(json.dumps(rows, indent=1) + "\n")
+    put_into_readme("steering", table(rows))
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """The middling scales as Markdown, colours side by side."""
+    lines = [
+        "| student | method | scale | objects of the colour: red, blue | right shape: red, blue |",
+        "|" + " --- |" * 5,
+    ]
+    shown = (("none", 0.0), ("nasa", 0.5), ("nag", 4.0))
+    settings = dict.fromkeys((r["student"], *s) for r in rows for s in shown)
+    for setting in settings:
+        found = [r for r in rows if (r["student"], r["method"], r["scale"]) == setting]
+        seen, right = (", ".join(f"{100 * r[k]:.1f} %" for r in found) for k in ("colour_seen", "shape_right"))
+        lines.append(f"| {setting[0]} | {setting[1]} | {setting[2]:g} | {seen} | {right} |")
+    return "\n".join(lines) + f"\n\nPrompts that name no colour of the object, {rows[0]['n']} images a row, one step.\n"
 
 
 def judged(pipe: object, colour: str, n: int) -> dict[str, Tensor]:

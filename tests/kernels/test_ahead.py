@@ -15,10 +15,11 @@ pytest.importorskip("triton")
 SCRIPT = """
 import dataclasses, json
 from stepdistill.kernels.ahead import build, cases
-found = {(c.name, c.d): c for c in cases(90, (64, 72))}
-rows = [build(found["steer_attention", 72], 89), build(found["block_sparse_attention dQ 64", 64], 90)]
-rows.append(build(found["qk_norm_rope", 64], 80))
-steer = found["steer_attention", 64]
+def case(name, d, sm):
+    return next(c for c in cases(sm, (d,)) if c.name == name)
+rows = [build(case("steer_attention", 72, 89), 89), build(case("block_sparse_attention dQ 64", 64, 90), 90)]
+rows.append(build(case("qk_norm_rope", 64, 80), 80))
+steer = case("steer_attention", 64, 89)
 rows.append(build(dataclasses.replace(steer, constants=steer.constants | {"BM": 128, "BN": 128}, warps=4), 89))
 print(json.dumps([dataclasses.asdict(row) for row in rows]))
 """
