@@ -122,9 +122,12 @@ class Trainer:
             FloatingPointError: if a loss or a gradient is not finite; names the turn. Nobody moves in that turn.
         """
         logs: dict[str, Tensor] = {}
-        student_moved = False
         seed, device, parts = self.run.seed, self.run.device, self.run.accumulate
         micro_batches = [(self._batch(index * parts + micro, micro), {}) for micro in range(parts)]
+        # averages move once a step, after the student's last turn
+        last = max(
+            (k for k, turn in enumerate(self.turns) if turn.due(index) and "student" in turn.moves), default=None
+        )
         for k, turn in enumerate(self.turns):
             if not turn.due(index):
                 continue
@@ -143,12 +146,11 @@ class Trainer:
             logs |= {f"{turn.name}/{term}": value for term, value in terms.items()}
             if moved:
                 self._move(turn, index)
-                student_moved |= "student" in turn.moves
+            if moved and k == last:
+                for name, decay in self.averages.items():
+                    with self.placed.awake(name):
+                        update_average(self.nets[name], self.nets.student, decay)
             self.placed.after_turn()
-        if student_moved:  # once a step, however many turns moved it
-            for name, decay in self.averages.items():
-                with self.placed.awake(name):
-                    update_average(self.nets[name], self.nets.student, decay)
         return logs
 
     def _batch(self, number: int, micro: int) -> Batch:

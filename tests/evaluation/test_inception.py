@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from stepdistill.evaluation.extractors import inception
 from stepdistill.evaluation.inception import InceptionV3
 from stepdistill.evaluation.weights import WEIGHTS
-from tests.tiny import inception as made_up
+from tests.evaluation import tiny_inception as made_up
 
 
 @pytest.fixture(scope="module")

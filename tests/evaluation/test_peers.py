@@ -18,8 +18,8 @@ from stepdistill.evaluation.metrics import MeanCov, frechet_distance, precision_
 from stepdistill.evaluation.mmd import kid
 from stepdistill.evaluation.resize import resize
 from stepdistill.evaluation.statistics_files import load_statistics
+from tests.evaluation import tiny_inception as inception
 from tests.golden.peers import PLACES, banks, picture
-from tests.tiny import inception
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "peers.json").read_text())
 BANKS = {name: tuple(map(torch.from_numpy, pair)) for name, pair in banks().items()}

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tests.tiny import inception
+from tests.evaluation import tiny_inception as inception
 
 PEERS = ("clean-fid", "torch-fidelity", "pytorch-fid", "numpy", "scipy", "torch", "pillow")
 

@@ -34,8 +34,7 @@ class ICD(Objective):
     data = frozenset({"x0"})
 
     boundaries: Boundaries = field(default_factory=lambda: Boundaries((1.0, 0.75, 0.5, 0.25), 48))
-    """The edges, and the solver's grid. In the paper edges are tuned, (1, .78, .52, .26) for four steps and (1, .7,
-    .34) for three, on 50 solver steps; stock schedulers walk even ones."""
+    """The edges, and the solver's grid. In the paper (1, .78, .52, .26) on 50; stock schedulers walk even ones."""
     start: float = 0.02
     """Where inversion begins, as a fraction of t_max: data are taken for the state there."""
     preserve: float = 1.5
@@ -54,10 +53,8 @@ class ICD(Objective):
         if not 0 < self.start < first:
             raise ValueError(f"objective.start must lie between 0 and the first edge, {first:g}; got {self.start}")
         if not 0 <= self.preserve < math.inf or not 0 <= self.unguided <= 1:
-            raise ValueError(
-                f"objective.preserve must be at least 0 and unguided lie in [0, 1]; got {self.preserve} and "
-                f"{self.unguided}"
-            )
+            found = f"{self.preserve} and {self.unguided}"
+            raise ValueError(f"objective needs preserve of at least 0 and unguided in [0, 1]; got {found}")
 
     def check(self, sampler: Sampler) -> None:
         """The student jumps from edge to edge, without noise."""
@@ -72,10 +69,7 @@ class ICD(Objective):
     def check_guidance(self, *, guided: bool, varies: bool, told: bool) -> None:
         """The inverter learns one ODE, so an untold student must have one too."""
         if varies and not told:
-            raise ValueError(
-                "teacher.guidance_range: iCD's inverter undoes one scale or none; fix teacher.guidance, or let the "
-                "student be told with student.told_guidance"
-            )
+            raise ValueError("teacher.guidance_range: iCD's inverter undoes one scale; use student.told_guidance too")
 
     def extras(self, student: Denoiser) -> dict[str, nn.Module]:
         """The forward model, which starts as the student does."""
