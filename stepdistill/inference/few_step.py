@@ -120,7 +120,7 @@ class FewStep:
             Clean samples, (B, ...), float32.
         """
         net = self.student.net
-        x = noise if self.plan.start == 1.0 else noise * self.plan.start
+        x = noise * self.plan.start  # a tensor of inference mode, as all later ones: a graph is for one kind
         for i, (a, b, c) in enumerate(rows):
             given = x if self.guidance == 1.0 else torch.cat([x, x])
             pred = self.student.call(net, given.to(self.dtype), times[i], cond).to(x.dtype)

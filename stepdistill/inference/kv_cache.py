@@ -111,10 +111,12 @@ class KVCache:
         kept = self._kept.pop(key, None)
         if kept is None:
             self.current = None  # or the layers would answer with the last text's
-            read = TEXT_OF[type(self.net).__name__](self.net, text)
-            if read is None:
-                return None
-            kept = text, [layer(read) for layer in self._patched]
+            # ordinary tensors whoever calls, in inference mode or not: compiled code tells them apart
+            with torch.inference_mode(False), torch.no_grad():
+                read = TEXT_OF[type(self.net).__name__](self.net, text)
+                if read is None:
+                    return None
+                kept = text, [layer(read) for layer in self._patched]
         self._kept[key] = kept
         if len(self._kept) > self.entries:
             self._kept.popitem(last=False)
