@@ -95,7 +95,7 @@ def measure(suite: Suite, asked: Sequence[Asked], cache: Cache, jobs: int) -> in
     """Fill the cache with everything that is asked and not there; returns how many outcomes had to be measured.
 
     Raises:
-        ValueError: if a row cannot be opened; what was measured until then is kept.
+        ValueError: if a row cannot be opened; before anything is measured.
         OSError: if a process died.
     """
     missing = []
@@ -107,6 +107,9 @@ def measure(suite: Suite, asked: Sequence[Asked], cache: Cache, jobs: int) -> in
     untimed = [one for one in asked if cache.load(key_of(one.time)) is None]
     if missing or untimed:
         open_suite(suite)  # so that a teacher that cannot be judged is found before anything begins
+        for row in dict.fromkeys(one.row for one in [*(one for one, _, _ in missing), *untimed]):
+            if row.kind != "teacher":
+                open_row(row, suite)  # nor are hours spent on others before one turns out to be damaged
     with Progress("bench", 0, sum(len(seeds) + look for _, seeds, look in missing) + len(untimed)) as progress:
         if jobs > 1 and len(missing) > 1:
             _in_processes(suite, missing, cache, min(jobs, len(missing)), progress)
