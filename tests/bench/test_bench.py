@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from stepdistill.bench import Subject, Suite, measure
 from stepdistill.bench.cache import Cache
 from stepdistill.bench.command import Bench, bench
-from stepdistill.bench.measure import asked_of
+from stepdistill.bench.measure import asked_of, measure_row
 from stepdistill.bench.opening import open_row
 from stepdistill.bench.rows import rows_of
 from stepdistill.build import new_student, open_teacher
@@ -161,16 +161,13 @@ def test_asking_again_measures_nothing_and_writes_nothing(
 def test_a_bench_that_was_stopped_goes_on(
     suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Ask, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    opened: list[str] = []
-
-    def stopping(row, of):
-        opened.append(row.name)
-        if row.name == "run":
+    def stopping(of, one, *rest):
+        if one.row.name == "run":
             raise KeyboardInterrupt
-        return open_row(row, of)
+        return measure_row(of, one, *rest)
 
     folder = tmp_path / "fresh"
-    monkeypatch.setattr(measure, "open_row", stopping)
+    monkeypatch.setattr(measure, "measure_row", stopping)
     with pytest.raises(KeyboardInterrupt):
         ask(suite, cache=folder)
     assert not (tmp_path / "out").exists()
