@@ -66,7 +66,7 @@ def load_pipeline(source: str | Path, *, custom_pipeline: str | None = None) -> 
 
 
 def _alone_with_modules() -> FileLock:
-    """diffusers copies a pipeline's file over the one in a cache that all processes share, then imports that: another
+    """Diffusers copies a pipeline's file over the one in a cache that all processes share, then imports that: another
     process that does so at the same moment may find half a file.
     """
     folder = Path(HF_MODULES_CACHE)
