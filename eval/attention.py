@@ -178,11 +178,11 @@ def enable(records: Path) -> None:
 
 def compile_all(out: Path) -> None:
     """Build every configuration for every architecture; exit status 1 if any may not be launched."""
-    from stepdistill.kernels.ahead import build, cases
+    from stepdistill.kernels.ahead import build, cases, edges
 
     rows = []
     for sm in (80, 89, 90):
-        for case in cases(sm):
+        for case in (*cases(sm), *(edges() if sm == 90 else ())):
             rows.append(asdict(build(case, sm)))
             print(", ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
             out.write_text(json.dumps({"versions": versions(), "rows": rows}, indent=1) + "\n")

@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,18 @@ def cases(sm: int, dims: tuple[int, ...] = HEAD_DIMS, dtype: torch.dtype = torch
                 yield Case(name, rope.forward_kernel, dtype, d, shape | {"COPY": True}, warps, 3, dots=False)
                 yield Case(f"{name} backward", rope.backward_kernel, dtype, d, shape | {"DGAIN": True}, warps, 3,
                            dots=False)  # fmt: skip
+
+
+def edges(dtype: torch.dtype = torch.bfloat16) -> Iterator[Case]:
+    """The same kernels as they are specialised for sizes of one, and their other options.
+
+    The launcher makes a constant of every integer that is 1.
+    """
+    options = {"R": 3, "SEPARATE": True, "LENGTHS": False, "DLSE": True, "ROPE": False, "COPY": False, "DGAIN": False}
+    sizes = dict.fromkeys(("B", "H", "M", "N", "N0", "N1", "N2", "L", "first"), 1)
+    for case in cases(90, (64,), dtype):
+        known = {n: v for n, v in (options | sizes).items() if n in case.kernel.arg_names}
+        yield replace(case, name=f"{case.name}, edges", constants=case.constants | known)
 
 
 def build(case: Case, sm: int) -> Built:

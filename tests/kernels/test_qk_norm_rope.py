@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor
 
 from stepdistill.kernels import Stream, qk_norm_rope
@@ -21,6 +19,7 @@ def angles(length: int, half: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_the_specification_is_torch_norm_and_diffusers_rotation(interleaved: bool) -> None:
+    apply_rotary_emb = pytest.importorskip("diffusers.models.embeddings").apply_rotary_emb
     text, image = torch.randn(2, 3, 2, 8), torch.randn(2, 5, 2, 8)
     gains = [torch.rand(8), torch.rand(8)]
     cos, sin = (x.float() for x in angles(8, 4))
@@ -34,7 +33,8 @@ def test_the_specification_is_torch_norm_and_diffusers_rotation(interleaved: boo
 
 
 def test_across_heads_is_what_wan_does() -> None:
-    attn = WanAttention(16, heads=2, dim_head=8, eps=EPS, processor=None)
+    wan = pytest.importorskip("diffusers.models.transformers.transformer_wan")
+    attn = wan.WanAttention(16, heads=2, dim_head=8, eps=EPS, processor=None)
     attn.norm_q.weight.data.uniform_(0.5, 2)
     x = torch.randn(1, 5, 16)
     cos, sin = (t.float() for t in angles(5, 4))

@@ -126,7 +126,8 @@ def _operator(
         )
     from stepdistill.kernels.block_sparse.triton import forward
 
-    return forward(q, k, v, BlockIndex(index, count, block), scale)
+    with torch.cuda.device_of(q):  # Triton launches on the current one
+        return forward(q, k, v, BlockIndex(index, count, block), scale)
 
 
 @_operator.register_fake
@@ -152,7 +153,8 @@ def _backward_operator(
     """See ``triton.backward``; it has no derivative of its own, so a second one raises."""
     from stepdistill.kernels.block_sparse.triton import backward
 
-    return backward(grad, grad_lse, q, k, v, BlockIndex(index, count, block), out, lse, scale)
+    with torch.cuda.device_of(q):  # Triton launches on the current one
+        return backward(grad, grad_lse, q, k, v, BlockIndex(index, count, block), out, lse, scale)
 
 
 @_backward_operator.register_fake

@@ -133,7 +133,8 @@ def _operator(
         raise NotImplementedError("stepdistill::qk_norm_rope has no forward-mode derivative; use prefer='naive'")
     from stepdistill.kernels.qk_norm_rope.triton import forward
 
-    return forward(q, k, v, q_gains, k_gains, cos, sin, eps, interleaved, across_heads)
+    with torch.cuda.device_of(q[0]):  # Triton launches on the current one
+        return forward(q, k, v, q_gains, k_gains, cos, sin, eps, interleaved, across_heads)
 
 
 @_operator.register_fake
@@ -158,7 +159,8 @@ def _backward_operator(
     """See ``triton.backward``; it has no derivative of its own, so a second one raises."""
     from stepdistill.kernels.qk_norm_rope.triton import backward
 
-    return backward(dy, x, gains, cos, sin, eps, interleaved, across_heads, need_gain)
+    with torch.cuda.device_of(dy):  # Triton launches on the current one
+        return backward(dy, x, gains, cos, sin, eps, interleaved, across_heads, need_gain)
 
 
 @_backward_operator.register_fake

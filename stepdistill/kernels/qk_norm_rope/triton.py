@@ -82,7 +82,7 @@ def forward_kernel(
     h = ((pid // tiles) % groups).to(tl.int64)
     rows = (pid % tiles) * BT + tl.arange(0, BT)
     mask = rows < L
-    at = b * sob + h * soh + first.to(tl.int64) * sol
+    at = b * sob + h * soh + first * sol
     one = tl.zeros([1], tl.int32)
     if ROPE:
         c, s = load_angles(cos + b * scb, sin + b * scb, first + rows, mask, scl, scd, PAIRS, P, D)
@@ -122,7 +122,7 @@ def backward_kernel(
     rows = (pid % tiles) * BT + tl.arange(0, BT)
     mask = rows < L
     one = tl.zeros([1], tl.int32)
-    dy += b * syb + h * syh + first.to(tl.int64) * syl
+    dy += b * syb + h * syh + first * syl
     ua, ub = load_pairs(x + b * sib + h * sih, rows, mask, sil, sih, PAIRS, P, D, INTERLEAVED, BT)
     ya, yb = load_pairs(dy, rows, mask, syl, syh, PAIRS, P, D, INTERLEAVED, BT)
     ga, gb = load_pairs(gain, one, one == 0, 0, D, PAIRS, P, D, INTERLEAVED, 1)

@@ -104,7 +104,7 @@ def dq_kernel(
                 do1, do2 = load_two(do + r * sgr, rows, M, sgm, D, D1, D2)
         else:
             w = tl.load(weights + b * R + r)
-        at = r * B.to(tl.int64) * H * M + (b * H + h) * M + rows
+        at = ((b + r * B) * H + h) * M + rows  # B may be the constant 1, which has no .to
         lse2 = tl.load(lse + at, mask=rows < M, other=float("-inf")) * 1.4426950408889634
         extra = tl.zeros([BM], tl.float32)
         if DLSE:

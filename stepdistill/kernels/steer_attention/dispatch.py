@@ -216,7 +216,8 @@ def _operator(
         raise NotImplementedError("stepdistill::steer_attention has no forward-mode derivative; use prefer='naive'")
     from stepdistill.kernels.steer_attention.triton import forward
 
-    return forward(q, keys, values, weights, lengths, scale, separate)
+    with torch.cuda.device_of(q):  # Triton launches on the current one
+        return forward(q, keys, values, weights, lengths, scale, separate)
 
 
 @_operator.register_fake
@@ -243,7 +244,8 @@ def _backward_operator(
     """See ``backward.backward``; it has no derivative of its own, so a second one raises."""
     from stepdistill.kernels.steer_attention.backward import backward
 
-    return backward(grad, grad_lse, q, keys, values, weights, lengths, lse, scale, separate, need_kv)
+    with torch.cuda.device_of(q):  # Triton launches on the current one
+        return backward(grad, grad_lse, q, keys, values, weights, lengths, lse, scale, separate, need_kv)
 
 
 @_backward_operator.register_fake

@@ -78,8 +78,7 @@ def forward_kernel(
     h = ((pid // tiles) % H).to(tl.int64)
     rows = (pid % tiles) * BM + tl.arange(0, BM)
     q1, q2 = load_two(q + b * sqb + h * sqh, rows, M, sqm, D, D1, D2)
-    out += b * M * H * D + h * D
-    lse += (b * H + h) * M
+    out += h * D
     sum1 = tl.zeros([BM, D1], tl.float32)
     sum2 = tl.zeros([BM, W2], tl.float32)
     for r in tl.static_range(R):
@@ -94,15 +93,15 @@ def forward_kernel(
         z1, z2, lse2 = _branch(
             q1, q2, k, v, b, h, skb, skh, skn, svb, svh, svn, n, log2_scale, BM, BN, D, D1, D2, INTERPRET
         )
-        tl.store(lse + r * B.to(tl.int64) * H * M + rows, lse2 * 0.6931471805599453, mask=rows < M)
+        tl.store(lse + ((b + r * B) * H + h) * M + rows, lse2 * 0.6931471805599453, mask=rows < M)
         if SEPARATE:
-            store_two(out + r * B.to(tl.int64) * M * H * D, z1, z2, rows, M, H * D, D, D1, D2)
+            store_two(out + (b + r * B) * M * H * D, z1, z2, rows, M, H * D, D, D1, D2)
         else:
             w = tl.load(weights + b * R + r)
             sum1 += w * z1
             sum2 += w * z2
     if not SEPARATE:
-        store_two(out, sum1, sum2, rows, M, H * D, D, D1, D2)
+        store_two(out + b * M * H * D, sum1, sum2, rows, M, H * D, D, D1, D2)
 
 
 def empty_outputs(q: Tensor, branches: int, separate: bool) -> tuple[Tensor, Tensor]:
