@@ -35,7 +35,8 @@ def config(d: int, n: int, dtype: torch.dtype, queries: int, sm: int) -> Config:
         return Config(32, 32, 4, 1)
     if d <= 64:
         if queries < 264:  # fewer programs than two for each multiprocessor of an H100
-            return Config(64, 64, 4, 2)
+            pre_hopper = Config(64, 64, 4, 1) if d == 64 else Config(64, 32, 4, 2)
+            return Config(64, 64, 4, 2) if hopper else pre_hopper
         return Config(128, 128, 8, 1) if hopper and n > 64 and d == 64 else Config(128, 64, 8, 2)
     if d <= 128:
         return Config(64, 64, 4, 2) if hopper or d == 128 else Config(64, 32, 4, 2)
