@@ -1,4 +1,4 @@
-"""Triton kernels run in Triton's interpreter where there is no GPU; it must be asked for before they are decorated."""
+"""Where each kernel runs, and how near its results must come. Without a GPU that is Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
