@@ -22,7 +22,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,9 @@ from stepdistill.objectives import DMD2
 from stepdistill.recipe import Recipe, Teacher
 from stepdistill.sampling import Sampler, trailing
 from stepdistill.trainer import AdamW, Run
+
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload(["stepdistill.distill", "torch.optim"])
 
 RUNS = Path(__file__).resolve().parents[1] / "runs" / "eval" / "crash"
 
@@ -73,12 +76,10 @@ def train(out: Path, rank: int, world: int, port: int) -> None:
 
 def start(out: Path, world: int) -> list[multiprocessing.process.BaseProcess]:
     """All processes of a run."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stepdistill.distill", "torch.optim"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [context.Process(target=train, args=(out, rank, world, port)) for rank in range(world)]
+    processes = [forks.Process(target=train, args=(out, rank, world, port)) for rank in range(world)]
     for process in processes:
         process.start()
     return processes
@@ -107,15 +108,20 @@ def trial(number: int, world: int, folder: Path, reference: dict) -> dict[str, o
     rng = random.Random(f"{world} {number}")
     out, kills = folder / f"trial-{number:04d}", []
     shutil.rmtree(out, ignore_errors=True)
-    for _ in range(rng.choice((1, 1, 2, 3))):
+    wanted = rng.choice((1, 1, 2, 3))
+    while len(kills) < wanted:
+        if (out / "pipeline").is_dir():  # it ended before its time had come
+            shutil.rmtree(out)
+            kills.clear()
         processes, saving = start(out, world), rng.random() < 1 / 3
         moment, begun = rng.uniform(0, reference["seconds"]), time.monotonic()
         parts = rng.randint(1, 8)  # checkpoints begun until the kill
         seen: set[str] = set()
         while any(p.is_alive() for p in processes):
             if saving:
-                seen |= {f"{p.name} {p.stat().st_ino}" for p in _written(out)}
-                if len(seen) >= parts and list(_written(out)):
+                being_written = _written(out)
+                seen |= being_written
+                if len(seen) >= parts and being_written:
                     break
             elif time.monotonic() - begun > moment:
                 break
@@ -137,9 +143,9 @@ def trial(number: int, world: int, folder: Path, reference: dict) -> dict[str, o
     return {"trial": number, "processes": world, "kills": kills, "equal": equal} | ({} if equal else {"found": found})
 
 
-def _written(out: Path) -> Iterator[Path]:
-    with suppress(OSError):
-        yield from (p for p in (out / "checkpoints").glob(".*.part") if p.exists())
+def _written(out: Path) -> set[str]:
+    """Checkpoints that are half there."""
+    return {path.name for path in (out / "checkpoints").glob(".*.part")}
 
 
 @contextmanager
@@ -161,6 +167,9 @@ def reference_of(world: int, folder: Path) -> dict:
     with (folder.parent / f"{folder.name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not stored.is_file():
+            warm = forks.Process(target=int)
+            warm.start()  # whoever is forked from has imported everything then
+            warm.join()
             begun = time.monotonic()
             shutil.rmtree(folder / "reference", ignore_errors=True)
             processes = start(folder / "reference", world)
@@ -188,7 +197,10 @@ def main(given: Arguments) -> dict[str, object]:
                 if mine and not result.is_file():
                     found = trial(number, world, folder, reference)
                     result.write_text(json.dumps(found))
-                    print(f"{world} process(es), trial {number}: {len(found['kills'])} kills, equal: {found['equal']}")
+                    print(
+                        f"{world} process(es), trial {number}: {len(found['kills'])} kills, equal: {found['equal']}",
+                        flush=True,
+                    )
     record = {"recipe": "digits, DMD2 with a GAN, 30 steps, a checkpoint every 2", "versions": installed_versions()}
     for world in given.processes:
         done = [json.loads(p.read_text()) for p in sorted((base / f"{world}-processes").glob("[0-9]*.json"))]

@@ -130,7 +130,11 @@ class Resting:
         if not self.here:
             self.here = True
             for tensor, home in zip(self.tensors, self.home, strict=True):
-                tensor.data = home.to(self.device, non_blocking=True)
+                tensor.data = self.sent(home)
+
+    def sent(self, home: Tensor) -> Tensor:
+        """What lies at home, on the device."""
+        return home.to(self.device, non_blocking=True)
 
     def leave(self, *, changed: bool = False) -> None:
         """Be on the CPU again; no graph may still need the network. What has ``changed`` is taken along."""

@@ -7,10 +7,9 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from stepdistill.models.nets import Nets, add_averages, only_trains, update_aver
 from stepdistill.objective import Batch, Objective, Step, Turn
 from stepdistill.placement import Placed
 from stepdistill.randomness import Part
+from stepdistill.run import AdamW, Run
 
 Source = Callable[[Step], Batch]
 """Where batches come from: a function of the step's index and randomness alone, so that a resumed run sees the same.
@@ -34,98 +34,6 @@ ECHO = 3.0
 """Seconds in which a launcher repeats a signal."""
 
 _DATA = -1  # the data's stream of randomness, next to one per turn
-
-
-@dataclass(frozen=True)
-class AdamW:
-    """One player's optimizer (arXiv:1711.05101) and its learning rate over training."""
-
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    eps: float = 1e-8
-    warmup: int = 0
-    """Steps of linear warm-up."""
-    decay: Literal["constant", "linear", "cosine"] = "constant"
-    """How the rate falls after the warm-up."""
-    final: float = 0.02
-    """Where it falls to, as a share of ``lr``."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        for name in ("lr", "weight_decay", "warmup"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"AdamW.{name} must be at least 0; got {getattr(self, name)}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"AdamW.betas must lie in [0, 1); got {list(self.betas)}")
-        if not 0 < self.eps < math.inf:
-            raise ValueError(f"AdamW.eps must be above 0; got {self.eps}")
-        if not 0 <= self.final <= 1:
-            raise ValueError(f"AdamW.final must lie in [0, 1]; got {self.final}")
-
-    def build(self, params: Iterator[torch.nn.Parameter]) -> Optimizer:
-        """The optimizer, with one fused kernel for the whole update."""
-        return torch.optim.AdamW(
-            params, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, eps=self.eps, fused=True
-        )
-
-    def rate(self, index: int, steps: int) -> float:
-        """Learning rate of step ``index`` of ``steps``; a pure function, so there is nothing to checkpoint."""
-        if index < self.warmup:
-            return self.lr * (index + 1) / self.warmup
-        done = (index - self.warmup) / max(steps - self.warmup, 1)
-        if self.decay == "linear":
-            return self.lr * (1 - (1 - self.final) * done)
-        if self.decay == "cosine":
-            return self.lr * (self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done)))
-        return self.lr
-
-
-@dataclass(frozen=True)
-class Run:
-    """How long and how a recipe trains, and how often it reports."""
-
-    steps: int = 1000
-    """Steps of the trainer; every turn that is due is taken in each."""
-    batch: int = 64
-    """Samples of one micro-batch, over all processes: a recipe means the same however many share its batches."""
-    accumulate: int = 1
-    """Micro-batches of one update."""
-    seed: int = 0
-    """Of all randomness: the same seed gives the same run, bit for bit on CPU."""
-    ema: float = 0.99
-    """Decay of the running average of the student that is evaluated and exported."""
-    clip: float = 1.0
-    """Largest gradient norm of a turn; 0 does not clip."""
-    log_every: int = 20
-    """Steps between lines of metrics.jsonl."""
-    preview_every: int = 0
-    """Steps between pictures in samples/; 0 makes one, at the end."""
-    save_every: int = 500
-    """Steps between checkpoints; 0 saves at the end and on an interrupt only."""
-    keep_last: int = 2
-    """Checkpoints kept."""
-    device: str = "cpu"
-    """Where to train: cpu, cuda, cuda:1, mps."""
-    threads: int = 0
-    """CPU threads; 0 leaves torch's choice. Small networks are fastest on one."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Arithmetic inside networks; weights, conversions and losses stay float32. Losses are scaled for float16."""
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Where metrics go beside metrics.jsonl; each is an extra of its name: pip install 'stepdistill[tensorboard]'."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        for name in ("steps", "batch", "accumulate", "log_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"run.{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("clip", "preview_every", "save_every", "threads"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"run.{name} must be at least 0; got {getattr(self, name)}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"run.ema must lie in [0, 1); got {self.ema}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"run.seed must lie in [0, 2^63); got {self.seed}")
 
 
 class LossScale:
@@ -193,6 +101,8 @@ class Trainer:
         self.specs = dict(specs or {})
         self.placed = placed or Placed()
         self.preview = preview
+        self.watch: Callable[[torch.nn.Module, int], bool] | None = None
+        """Called with the averaged student and the steps done, before each step and at the end; True ends training."""
         self.averages = {"ema": run.ema, **objective.averages()}
         add_averages(nets, self.averages)
         self.part = Part(distributed.rank(), distributed.world(), distributed.share(run.batch))
@@ -214,6 +124,10 @@ class Trainer:
         logs: dict[str, Tensor] = {}
         seed, device, parts = self.run.seed, self.run.device, self.run.accumulate
         micro_batches = [(self._batch(index * parts + micro, micro), {}) for micro in range(parts)]
+        # averages move once a step, after the student's last turn
+        last = max(
+            (k for k, turn in enumerate(self.turns) if turn.due(index) and "student" in turn.moves), default=None
+        )
         for k, turn in enumerate(self.turns):
             if not turn.due(index):
                 continue
@@ -232,6 +146,10 @@ class Trainer:
             logs |= {f"{turn.name}/{term}": value for term, value in terms.items()}
             if moved:
                 self._move(turn, index)
+            if moved and k == last:
+                for name, decay in self.averages.items():
+                    with self.placed.awake(name):
+                        update_average(self.nets[name], self.nets.student, decay)
             self.placed.after_turn()
         return logs
 
@@ -251,7 +169,7 @@ class Trainer:
         loss, norm = terms["loss"], distributed.clip_gradients(params, self.run.clip or math.inf, scale)
         finite = bool((norm + loss).isfinite())
         if self.scales:
-            terms["loss_scale"] = norm.new_tensor(scale)
+            terms["loss_scale"] = loss.new_tensor(scale, dtype=torch.float64)
             overflown = not finite and bool(loss.isfinite())
             if overflown and self.scales[turn].shrink():
                 for p in params:
@@ -269,17 +187,13 @@ class Trainer:
         return True
 
     def _move(self, turn: Turn, index: int) -> None:
-        """A step of the optimizers of those who move, and of the student's averages."""
+        """A step of the optimizers of those who move."""
         for name in turn.moves:
             if name in self.specs:
                 for group in self.optimizers[name].param_groups:
                     group["lr"] = self.specs[name].rate(index, self.run.steps)
             self.optimizers[name].step()
             self.optimizers[name].zero_grad(set_to_none=True)
-        if "student" in turn.moves:
-            for name, decay in self.averages.items():
-                with self.placed.awake(name):
-                    update_average(self.nets[name], self.nets.student, decay)
 
     def fit(self) -> None:
         """Train to ``run.steps``, from wherever the last checkpoint left off.
@@ -292,6 +206,8 @@ class Trainer:
         stopped = False
         with Progress(title, self.index, run.steps) as progress, _interrupts() as stop, self._writing():
             while self.index < run.steps and not stopped:
+                if self._watched():
+                    break
                 logs = self.step(self.index)
                 self.index += 1
                 self.metrics.add(logs)
@@ -309,6 +225,7 @@ class Trainer:
         trackers.close()
         if stopped:
             raise KeyboardInterrupt
+        self._watched()
         self._show()
 
     @contextmanager
@@ -321,6 +238,12 @@ class Trainer:
                 self.checkpoints.join()
         if self.checkpoints is not None:
             self.checkpoints.finish()
+
+    def _watched(self) -> bool:
+        if self.watch is None:
+            return False
+        with self.placed.awake("ema"):
+            return self.watch(self.nets.ema, self.index)
 
     def _show(self) -> None:
         if self.preview:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -209,7 +210,18 @@ def _foreign(path: Path) -> None:
     save_file({"a": torch.zeros(1)}, path)
 
 
-@pytest.mark.parametrize("damage", [_truncate, _empty, _foreign])
+def _flip(where: float) -> Callable[[Path], None]:
+    """One bit, at a share of the file's bytes."""
+
+    def flip(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[int(where * len(content))] ^= 4
+        path.write_bytes(content)
+
+    return flip
+
+
+@pytest.mark.parametrize("damage", [_truncate, _empty, _foreign, *(_flip(k / 10) for k in range(10)), _flip(0.99999)])
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     damage: Callable[[Path], None], saved: list[Path], make: Make, tmp_path: Path
 ) -> None:
@@ -238,11 +250,27 @@ def test_a_checkpoint_of_another_recipe_is_refused_and_nothing_is_loaded(
     assert_same_bits(state(trainer), before)
 
 
+def test_a_bit_of_the_header_that_is_flipped_is_noticed(saved: list[Path], make: Make, tmp_path: Path) -> None:
+    """Names, shapes, offsets, metadata: either the file cannot be read, or its checksum is wrong."""
+    path, whole = saved[2], saved[2].read_bytes()
+    length = 8 + int.from_bytes(whole[:8], "little")
+    checkpoints = Checkpoints(path.parent, 3)
+    for place in range(0, length, length // 25):
+        content = bytearray(whole)
+        content[place] ^= 2
+        path.write_bytes(content)
+        if content[place : place + 1].isspace() or whole[place : place + 1].isspace():
+            continue  # padding
+        with pytest.warns(UserWarning, match="damaged and passed over"):
+            assert checkpoints.newest() == saved[1], place
+
+
 def test_a_leftover_of_a_killed_writer_is_no_checkpoint(saved: list[Path], make: Make, tmp_path: Path) -> None:
     (saved[0].parent / ".00000004.safetensors.part").write_bytes(b"half")
     trainer = make("cd", tmp_path)
     assert trainer.checkpoints.paths() == saved
     assert trainer.resume() and trainer.index == 3
+    assert sorted(saved[0].parent.iterdir()) == saved  # it is cleared away
 
 
 def test_only_the_newest_checkpoints_are_kept(make: Make, tmp_path: Path) -> None:
@@ -251,6 +279,62 @@ def test_only_the_newest_checkpoints_are_kept(make: Make, tmp_path: Path) -> Non
         "00000006.safetensors",
         "00000007.safetensors",
     ]
+
+
+# In the background
+
+
+def test_steps_go_on_while_a_checkpoint_is_written_and_do_not_reach_it(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, write = threading.Event(), save_file
+
+    def slowly(*args: object, **kwargs: object) -> None:
+        assert go.wait(60)
+        write(*args, **kwargs)
+
+    monkeypatch.setattr("stepdistill.checkpoint.save_file", slowly)
+    trainer = make("dmd2", tmp_path)
+    trainer.step(0)
+    trainer.index = 1
+    before = state(trainer)
+    trainer.save()
+    trainer.step(1)  # the writer waits
+    assert trainer.checkpoints.paths() == []
+    changed = state(trainer)
+    assert any(not torch.equal(before[k], changed[k]) for k in before)
+    go.set()
+    trainer.checkpoints.finish()
+    again = make("dmd2", tmp_path)
+    assert again.resume() and again.index == 1
+    assert_same_bits(state(again), before)
+
+
+@pytest.mark.parametrize("save_every", [2, 0])
+def test_a_writer_that_fails_stops_the_run_at_the_next_checkpoint_or_the_end(
+    save_every: int, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stepdistill.checkpoint.save_file", _full)
+    trainer = make("cd", tmp_path, save_every=save_every)
+    with pytest.raises(OSError, match=r"could not write .*No space left on device"):
+        trainer.fit()
+    assert trainer.index == (4 if save_every else 7)
+
+
+def test_loss_scales_are_part_of_a_checkpoint(make: Make, tmp_path: Path) -> None:
+    trainer = make("cd", tmp_path, dtype="float16")
+    trainer.step(0)
+    trainer.index = 1
+    trainer.scales["student"].scale = 2.0**14
+    trainer.save()
+    trainer.checkpoints.finish()
+    again = make("cd", tmp_path, dtype="float16")
+    assert again.resume()
+    assert (again.scales["student"].scale, again.scales["student"].clean) == (2.0**14, 1)
+    for index in (1, 2):
+        logs = trainer.step(index), again.step(index)
+        assert logs[0] == logs[1] and float(logs[0]["student/loss_scale"]) == 2.0**14
+    assert_same_bits(state(trainer), state(again))
 
 
 # A full disk

@@ -50,7 +50,7 @@ def test_a_launchers_config_decides_about_shards(name: str, shards: bool, monkey
 def test_a_precision_that_is_not_the_recipes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     distributed.refuse_other_precision("bfloat16")
-    with pytest.raises(ValueError, match="accelerate's mixed_precision is 'bf16' and run.dtype is 'float32'"):
+    with pytest.raises(ValueError, match=r"accelerate's mixed_precision is 'bf16' and run.dtype is 'float32'"):
         distributed.refuse_other_precision("float32")
 
 

@@ -29,7 +29,7 @@ from stepdistill.profiling import saved_bytes
 from stepdistill.sampling import Sampler, trailing
 from stepdistill.schedule import DiscreteVP
 from stepdistill.student import Student
-from stepdistill.trainer import AdamW, Run, Trainer, due
+from stepdistill.trainer import AdamW, LossScale, Run, Trainer, due
 
 NULL = 3
 SHAPE = (1, 8, 8)
@@ -466,6 +466,63 @@ def test_the_dmd2_student_turn_holds_no_more_than_one_pass_through_the_student()
         trainer.step(0)
     assert alone.peak > 16 * 64 * 16 * 4 * 3  # three feature maps at least
     assert alone.peak <= held.peak <= 1.10 * alone.peak
+
+
+# Scaled losses
+
+
+def test_scaling_a_loss_by_a_power_of_two_changes_no_bit() -> None:
+    """In float32 networks nothing over- or underflows, so that scaling and its undoing must cancel."""
+    plain, scaled = trainer_of(KD(), Run(clip=0.1)), trainer_of(KD(), Run(clip=0.1, dtype="float16"))
+    for index in range(3):
+        expected, found = plain.step(index), scaled.step(index)
+        assert float(found.pop("student/loss_scale")) == 2**16
+        assert found == expected
+    assert torch.equal(weights(plain.nets.student), weights(scaled.nets.student))
+
+
+def test_an_update_whose_scaled_gradient_overflows_is_left_out_and_the_scale_halved() -> None:
+    trainer = trainer_of(KD(), Run(dtype="float16"))
+    trainer.scales["student"].scale = 2.0**135
+    before = hashes(trainer.nets)
+    scales = []
+    while not (logs := trainer.step(0)).keys() & {"student/grad_norm"}:
+        assert not changed(before, hashes(trainer.nets)) and len(scales) < 200
+        scales.append(float(logs["student/loss_scale"]))
+    assert scales == [2.0 ** (135 - k) for k in range(len(scales))] and scales
+    assert changed(before, hashes(trainer.nets)) == {"student", "ema"}
+
+
+def test_a_scale_grows_after_2000_updates_and_gives_up_below_one() -> None:
+    scale = LossScale(8.0)
+    for _ in range(1999):
+        scale.grow()
+    assert (scale.scale, scale.clean) == (8.0, 1999)
+    scale.grow()
+    assert (scale.scale, scale.clean) == (16.0, 0)
+    assert [scale.shrink() for _ in range(5)] == [True] * 4 + [False]
+
+
+def test_a_gradient_that_no_scale_can_mend_stops_the_run() -> None:
+    trainer = trainer_of(Unbounded(), Run(dtype="float16"))
+    with pytest.raises(FloatingPointError, match="turn 'student': not finite at step 16"):
+        for index in range(100):
+            trainer.step(index)
+
+
+@dataclass(frozen=True)
+class Unbounded(Objective):
+    """A finite loss with an infinite gradient."""
+
+    needs = frozenset({"student"})
+
+    def turns(self) -> tuple[Turn, ...]:
+        """One."""
+        return (Turn(self.loss, moves=("student",)),)
+
+    def loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
+        """The root of zero."""
+        return Loss(sum((p - p.detach()).sum() for p in nets.student.parameters()).abs().sqrt())
 
 
 # What goes wrong
