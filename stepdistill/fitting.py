@@ -8,7 +8,7 @@ from itertools import combinations
 
 from stepdistill.recipe import Recipe
 
-GB = 1e9
+GIB = 2**30
 RESERVE = 0.06
 """Share of a card that the driver, the libraries' scratch space and the allocator's gaps take."""
 
@@ -26,8 +26,11 @@ class Fit:
     peak: float
     """Bytes."""
 
+    options: tuple[str, ...] = ()
+    """The same for ``stepdistill distill``'s command line."""
+
     def __str__(self) -> str:
-        return f"{', '.join(self.changes) or 'as it is'}: {self.peak / GB:.1f} GB"
+        return f"{', '.join(self.changes) or 'as it is'}: {self.peak / GIB:.3g} GiB"
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,17 @@ def fit(recipe: Recipe, card: float, peak_of: Peak, devices: int = 1) -> Fit | N
 
     Args:
         recipe: what shall run.
-        card: gigabytes (1e9 bytes) of memory.
-        peak_of: of a recipe; asked of the two smallest micro-batches, and of larger ones that should fit by those.
+        card: its memory in GiB.
+        peak_of: of a recipe; asked of it as it is, of the two smallest micro-batches, and of larger ones by those.
         devices: that share a batch.
 
     Returns:
         None if nothing fits.
     """
-    limit = card * GB * (1 - RESERVE)
+    limit = card * GIB * (1 - RESERVE)
+    peak = peak_of(recipe, limit)
+    if peak <= limit:
+        return Fit(recipe, (), peak)
     for changes in _combinations(_changes(recipe)):
         changed = recipe
         for change in changes:
@@ -64,8 +70,20 @@ def fit(recipe: Recipe, card: float, peak_of: Peak, devices: int = 1) -> Fit | N
             if batch < recipe.run.batch:
                 changed = micro_batches(changed, batch)
                 says.append(f"batch {batch} x accumulate {changed.run.accumulate}")
-            return Fit(changed, tuple(says), peak)
+            return Fit(changed, tuple(says), peak, _options(recipe, changed))
     return None
+
+
+def _options(old: Recipe, new: Recipe) -> tuple[str, ...]:
+    fields = ("run.batch", "run.accumulate", "run.dtype", "placement.checkpointing", "placement.offload",
+              "student.form", "student.rank", "critic.form", "critic.rank")  # fmt: skip
+    found = []
+    for field in fields:
+        part, name = field.split(".")
+        value = getattr(getattr(new, part), name)
+        if value != getattr(getattr(old, part), name):
+            found.append(f"--{field} {' '.join(value) if isinstance(value, tuple) else value}")
+    return tuple(found)
 
 
 def micro_batches(recipe: Recipe, batch: int) -> Recipe:

@@ -20,6 +20,7 @@ from stepdistill.build import build
 from stepdistill.data import Data, DigitsData, Setting, TeacherPairs
 from stepdistill.data.base import MEMORY, to_device
 from stepdistill.data.classes import load_digits
+from stepdistill.data.hub import HubImages
 from stepdistill.data.images import ImageSource
 from stepdistill.data.prompts import PromptSource
 from stepdistill.models.denoiser import Cond
@@ -79,17 +80,11 @@ class Memory:
         """What is there between turns."""
         return sum(n for role, n in self.weights.items() if role not in self.away) + self.optimizer + self.data
 
-    def __str__(self) -> str:
+    def parts(self) -> dict[str, int]:
+        """What the peak is made of, in bytes; they add up to it."""
         here = {role: size for role, size in self.weights.items() if role not in self.away}
-        parts = here | {"optimizers": self.optimizer, "data": self.data}
-        parts["gradients, activations and what else comes and goes"] = self.peak - self.standing
-        return f"{_bytes(self.peak)}: " + ", ".join(f"{what} {_bytes(n)}" for what, n in parts.items() if n)
-
-
-def _bytes(n: float) -> str:
-    """As people write it, in powers of ten as cards are sold."""
-    unit, name = next((u, name) for u, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB"), (1, "B")) if n >= u or u == 1)
-    return f"{n / unit:.3g} {name}"
+        given = here | {"optimizers": self.optimizer, "data": self.data}
+        return given | {"gradients, activations": self.peak - self.standing}
 
 
 def held_by(
@@ -129,7 +124,13 @@ def size_of(tensors: Iterable[Tensor]) -> int:
 
 
 def rehearse(
-    recipe: Recipe, opened: Opened, *, as_on_cuda: bool = False, devices: int = 1, limit: float = math.inf
+    recipe: Recipe,
+    opened: Opened,
+    *,
+    as_on_cuda: bool = False,
+    devices: int = 1,
+    limit: float = math.inf,
+    steps: Callable[[Trainer], None] | None = None,
 ) -> Memory:
     """Take every kind of step of a recipe's last stage once, on fake tensors.
 
@@ -139,6 +140,7 @@ def rehearse(
         as_on_cuda: let autocast choose dtypes as it does on a card.
         devices: how many share the batch and, by the recipe's placement, the networks; the result is for one of them.
         limit: take no step, and call what stands between turns the peak, if that alone is more than so many bytes.
+        steps: takes them instead, all kinds at least once.
 
     Raises:
         ValueError: as ``build``.
@@ -159,8 +161,8 @@ def rehearse(
         books.peak = books.now  # networks are made on the CPU and come to the device one by one
         for optimizer in trainer.optimizers.values():
             _make_states(optimizer)
-        for index in whole_steps(trainer) if books.peak <= limit else ():
-            trainer.step(index)
+        if books.peak <= limit:
+            (steps or _one_of_each)(trainer)
         states = [v for one in trainer.optimizers.values() for state in one.state.values() for v in state.values()]
         moved = [[p for name in turn.moves for p in trainer.nets[name].parameters()] for turn in trainer.turns]
         optimizer, gradients = size_of(states), max(size_of(params) for params in moved)
@@ -173,7 +175,7 @@ def rehearse(
 
 
 def table_bytes(data: Data, cond: Cond, sample: tuple[int, ...], states: int) -> int:
-    """Bytes that a source keeps on the run's device.
+    """Bytes that a source keeps on the run's device; images of several sizes count with the teacher's own.
 
     Args:
         data: the source.
@@ -188,9 +190,13 @@ def table_bytes(data: Data, cond: Cond, sample: tuple[int, ...], states: int) ->
 
     if isinstance(data, PromptSource):
         return if_small(one * len(set(data.texts())), data.memory)
+    if isinstance(data, HubImages) and data.streaming:
+        return 0
     if isinstance(data, ImageSource):
-        texts = data.texts()
-        return if_small(one * len(set(texts)), data.memory) + if_small(number * len(texts), data.memory)
+        rows = data.rows(lambda name, problem: None)
+        classes = sum(one for row in rows if row.label is not None)
+        texts = {row.text for row in rows if row.label is None}
+        return classes + if_small(one * len(texts), data.memory) + if_small(number * len(rows), data.memory)
     if isinstance(data, TeacherPairs):
         memory = data.prompts.memory if data.prompts else MEMORY
         given = table_bytes(data.prompts, cond, sample, states) if data.prompts else one * data.count
@@ -206,6 +212,11 @@ def _make_states(optimizer: torch.optim.Optimizer) -> None:
             p.grad = torch.zeros_like(p)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def _one_of_each(trainer: Trainer) -> None:
+    for index in whole_steps(trainer):
+        trainer.step(index)
 
 
 def whole_steps(trainer: Trainer) -> list[int]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from stepdistill.fitting import GB, RESERVE, fit
+from stepdistill.fitting import GIB, RESERVE, fit
 from stepdistill.recipe import Recipe, Weights
 from stepdistill.recipes import find
 
@@ -18,9 +18,9 @@ def recipe() -> Recipe:
 
 
 def peak_of(recipe: Recipe, limit: float) -> float:
-    """Full networks 40 GB, adapters 10, and each sample 2, or 0.5 where activations are recomputed."""
+    """Full networks 40 GiB, adapters 10, and each sample 2, or 0.5 where activations are recomputed."""
     held = 10.0 if recipe.student.form == "lora" else 40.0 - 4 * ("ema" in recipe.placement.offload)
-    return GB * (held + recipe.run.batch * (0.5 if "student" in recipe.placement.checkpointing else 2.0))
+    return GIB * (held + recipe.run.batch * (0.5 if "student" in recipe.placement.checkpointing else 2.0))
 
 
 def room(gigabytes: float) -> float:
@@ -30,13 +30,14 @@ def room(gigabytes: float) -> float:
 
 def test_what_fits_is_left_alone(recipe: Recipe) -> None:
     found = fit(recipe, room(56), peak_of)
-    assert found.changes == () and found.recipe == recipe and str(found) == "as it is: 56.0 GB"
+    assert found.changes == () and found.recipe == recipe and str(found) == "as it is: 56 GiB"
 
 
 def test_batches_are_divided_before_anything_is_changed(recipe: Recipe) -> None:
     found = fit(recipe, room(45), peak_of)
-    assert found.changes == ("batch 2 x accumulate 4",) and found.peak == 44 * GB
+    assert found.changes == ("batch 2 x accumulate 4",) and found.peak == 44 * GIB
     assert (found.recipe.run.batch, found.recipe.run.accumulate) == (2, 4)
+    assert found.options == ("--run.batch 2", "--run.accumulate 4")
 
 
 def test_the_least_change_that_fits_is_taken(recipe: Recipe) -> None:
