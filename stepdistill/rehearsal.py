@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed import device_mesh
 from torch.distributed.tensor import DTensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -91,20 +90,31 @@ class Imagined(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-class CudaAutocast(TorchFunctionMode):
+@contextmanager
+def cuda_autocast() -> Iterator[None]:
     """Autocast as on a card, on a CPU: norms and softmax stay in float32 there, and keep float32 for the backward pass.
 
     The functions are those of CUDA's list of float32 operations (torch 2 documentation of torch.amp) that the networks
-    of diffusers call under autocast.
+    of diffusers call under autocast. They are replaced, since modes of torch do not reach what a backward pass computes
+    again.
     """
 
-    FLOAT32 = frozenset({F.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax})
+    def in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return function(x.float() if torch.is_autocast_enabled("cpu") else x, *args, **kwargs)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function, the first argument in float32 if it has to be."""
-        if func in self.FLOAT32 and torch.is_autocast_enabled("cpu"):
-            args = (args[0].float(), *args[1:])
-        return func(*args, **(kwargs or {}))
+        return call
+
+    with ExitStack() as stack:
+        for owner, name in (
+            (F, "layer_norm"),
+            (F, "group_norm"),
+            (F, "softmax"),
+            (torch, "softmax"),
+            (Tensor, "softmax"),
+        ):
+            stack.enter_context(patch.object(owner, name, in_float32(getattr(owner, name))))
+        yield
 
 
 @contextmanager
@@ -127,7 +137,7 @@ def rehearsal(*, as_on_cuda: bool = False, devices: int = 1) -> Iterator[LiveByt
         stack.enter_context(books)
         stack.enter_context(Imagined())
         if as_on_cuda:
-            stack.enter_context(CudaAutocast())
+            stack.enter_context(cuda_autocast())
         if devices > 1:
             stack.enter_context(_others(devices, books))
         yield books

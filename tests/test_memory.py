@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from stepdistill.build import build, open_teacher
 from stepdistill.data import DigitsData, ShapesPrompts
@@ -27,7 +28,7 @@ from stepdistill.placement import Placement
 from stepdistill.plan import open_for_plan
 from stepdistill.recipe import Recipe, Teacher, Weights
 from stepdistill.recipes import find
-from stepdistill.rehearsal import CudaAutocast, LiveBytes, measured_peak, rehearsal
+from stepdistill.rehearsal import LiveBytes, cuda_autocast, measured_peak, rehearsal
 from tests.processes import together
 from tests.tiny import sd
 
@@ -165,8 +166,10 @@ def test_norms_are_kept_in_float32_on_a_card_and_not_on_a_cpu() -> None:
     norm = nn.LayerNorm(8)
     with torch.autocast("cpu", torch.bfloat16):
         assert norm(x).dtype == torch.bfloat16
-        with CudaAutocast():
+        with cuda_autocast():
             assert norm(x).dtype == torch.float32
+            # nor where a backward pass computes them again
+            checkpoint(norm, x.requires_grad_(), use_reentrant=False).sum().backward()
 
 
 def test_numbers_that_are_read_do_not_stop_a_rehearsal() -> None:
