@@ -2,8 +2,9 @@
 
     python eval/memory.py --out eval/memory.json
 
-Measured is torch's CPU allocator during real steps (torch.profiler); planned is the rehearsal of ``stepdistill plan``
-on fake tensors. Real sizes are planned only: bfloat16 on a card, one 1024x1024 (SD 1.5: 512x512) sample.
+Measured is what torch's CPU allocator hands out (torch.profiler's records) during real steps on real data; planned is
+the rehearsal of ``stepdistill plan`` on fake tensors. Real sizes are planned only, as on a card: bfloat16, one sample
+a device, 1024x1024 (SD 1.5: 512x512). Ten minutes on one core, most of them for the real sizes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from common import put_into_readme
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 
 from stepdistill.build import build, open_teacher
-from stepdistill.data import ShapesData
+from stepdistill.data import DigitsData, ShapesData, TeacherPairs
 from stepdistill.evaluation.records import installed_versions
 from stepdistill.known_teachers import KNOWN, PREFIX, Known, open_known, open_untrained
 from stepdistill.memory import Noise, rehearse, size_of, whole_steps
@@ -30,6 +31,7 @@ from stepdistill.placement import Placement
 from stepdistill.recipe import Recipe, Teacher, Weights
 from stepdistill.recipes import find
 from stepdistill.rehearsal import measured_peak
+from stepdistill.trainer import Trainer
 
 BUNDLED = (
     "digits_kd",
@@ -46,7 +48,7 @@ BUNDLED = (
 class Arguments:
     """Plan and measure."""
 
-    sizes: tuple[str, ...] = tuple(KNOWN)
+    sizes: tuple[str, ...] = ("sd1.5", "sdxl", "sd3.5-medium", "flux-dev")
     """Real sizes to plan."""
     out: Path | None = None
     """JSON file to write; the tables in the project's README are written with it."""
@@ -86,53 +88,75 @@ def cut_down() -> dict[str, Known]:
     }  # fmt: skip
 
 
+LORA = Weights("lora", rank=16)
+
+
 def dmd2(
-    source: str, form: str, batch: int, dtype: str = "float32", *, rank: int = 16, checkpointing: bool = False
+    source: str,
+    weights: Weights,
+    batch: int,
+    dtype: str = "float32",
+    *,
+    placement: Placement = Placement(),  # noqa: B008 (frozen)
 ) -> Recipe:
-    """DMD2 with its discriminator, student and critic both ``form``."""
+    """DMD2 with its discriminator, student and critic both of ``weights``."""
     recipe = find("shapes_sd_dmd2")
-    weights = Weights(form="lora", rank=rank) if form == "lora" else Weights()
     guidance = 3.5 if "flux" in source else 3.0
-    where = Placement(checkpointing=("student", "critic") if checkpointing else ())
     run = replace(recipe.run, batch=batch, dtype=dtype, steps=4)
-    few = ShapesData(count=64)  # captions alone are looked at
-    return replace(recipe, teacher=Teacher(source, guidance=guidance), data=few, warm_start=None, student=weights,
-                   critic=weights, placement=where, run=run)  # fmt: skip
+    return replace(recipe, teacher=Teacher(source, guidance=guidance), data=ShapesData(count=64), warm_start=None,
+                   student=weights, critic=weights, placement=placement, run=run)  # fmt: skip
 
 
-def both(recipe: Recipe, open_it: Callable[[], Opened]) -> dict[str, Any]:
-    """Planned and measured peak of real steps on noise, in bytes."""
-    opened = open_it()
-    planned = rehearse(recipe, opened)
-    noise = Noise(recipe.data, recipe.data.examples(opened, recipe.run.batch))
-    stage = replace(recipe, data=noise, warm_start=None)
+def few(recipe: Recipe) -> Recipe:
+    """The recipe with its data cut down, and without a warm start."""
+    data = recipe.data
+    if isinstance(data, TeacherPairs):
+        prompts = data.prompts and replace(data.prompts, count=64)
+        data = replace(data, count=64, prompts=prompts)
+    elif not isinstance(data, DigitsData):
+        data = replace(data, count=64)
+    return replace(recipe, data=data, warm_start=None)
+
+
+def both(recipe: Recipe, open_it: Callable[[], Opened], *, noise: bool = False) -> dict[str, Any]:
+    """Planned and measured peak of real steps, in bytes; on noise for teachers that nothing encodes or decodes for."""
+    planned = rehearse(recipe, open_it())
+    peak = planned.peak - planned.data * noise
     opened = open_it()  # a network that no adapters have been put into
+    data = Noise(recipe.data, recipe.data.examples(opened, recipe.run.batch)) if noise else recipe.data
     gc.collect()
 
-    def steps() -> None:
-        trainer = build(stage, opened=opened).trainer
+    def steps(trainer: Trainer) -> None:
         for index in whole_steps(trainer) * 2:
             trainer.step(index)
 
     here = size_of([*opened.denoiser.parameters(), *opened.denoiser.buffers()])
-    measured = measured_peak(steps) + here + planned.data
-    return {"planned": planned.peak, "measured": measured, "ratio": round(planned.peak / measured, 4)}
+    measured = here + measured_peak(steps, lambda: build(replace(recipe, data=data), opened=opened).trainer)
+    return {"planned": peak, "measured": measured, "ratio": round(peak / measured, 4)}
 
 
-def real_size(name: str, form: str, *, checkpointing: bool) -> dict[str, Any]:
-    """A known teacher's plan."""
-    recipe = dmd2(PREFIX + name, form, 1, "bfloat16", checkpointing=checkpointing)
-    m = rehearse(recipe, open_known(name), as_on_cuda=True)
-    return {
-        "teacher": name, "form": form, "checkpointing": checkpointing, "weights": m.weights, "optimizer": m.optimizer,
-        "gradients": m.gradients, "peak": m.peak,
-    }  # fmt: skip
+VARIANTS: dict[str, tuple[Weights, Placement, int]] = {
+    "three full networks": (Weights(), Placement(), 1),
+    "shared backbone": (LORA, Placement(), 1),
+    "shared backbone, recomputed activations": (LORA, Placement(checkpointing=("student", "critic")), 1),
+    "three full networks, teacher and ema offloaded": (Weights(), Placement(offload=("teacher", "ema")), 1),
+    "three full networks, sharded over 8 devices": (Weights(), Placement(shard=True), 8),
+}
+"""Weights of student and critic, where networks are, and over how many devices."""
+
+
+def real_size(name: str, variant: str) -> dict[str, Any]:
+    """A known teacher's plan for one of ``VARIANTS``."""
+    weights, placement, devices = VARIANTS[variant]
+    recipe = dmd2(PREFIX + name, weights, devices, "bfloat16", placement=placement)
+    m = rehearse(recipe, open_known(name), as_on_cuda=True, devices=devices)
+    return {"teacher": name, "variant": variant, "parts": m.parts(), "peak": m.peak}
 
 
 def main(given: Arguments) -> None:
     """Plan, measure, print, and write."""
     torch.set_num_threads(1)
-    found: dict[str, Any] = {"versions": installed_versions(), "bundled": [], "cut_down": [], "real": [], "shared": []}
+    found: dict[str, Any] = {"versions": installed_versions(), "bundled": [], "cut_down": [], "shared": [], "real": []}
 
     def add(part: str, row: dict[str, Any]) -> None:
         found[part].append(row)
@@ -141,47 +165,39 @@ def main(given: Arguments) -> None:
             given.out.write_text(json.dumps(found, indent=1) + "\n")
 
     for name in BUNDLED:
-        recipe = replace(find(name), warm_start=None)
+        recipe = few(find(name))
         add("bundled", {"recipe": name} | both(recipe, lambda: open_teacher(recipe.teacher)))  # noqa: B023
     for name, known in cut_down().items():
-        for form, checkpointing in (("full", False), ("lora", True)):
-            recipe = dmd2(PREFIX + name, form, 2, checkpointing=checkpointing)
-            row = {"teacher": name, "form": form, "checkpointing": checkpointing}
-            add("cut_down", row | both(recipe, lambda: open_untrained(known, device="cpu")))  # noqa: B023
+        for variant in ("three full networks", "shared backbone, recomputed activations"):
+            weights, placement, _ = VARIANTS[variant]
+            recipe = dmd2(PREFIX + name, weights, 2, placement=placement)
+            row = {"teacher": name, "variant": variant}
+            add("cut_down", row | both(recipe, lambda: open_untrained(known, device="cpu"), noise=True))  # noqa: B023
     for batch in (1, 32):
-        full, lora = (both(dmd2("bundled:shapes-sd", form, batch), lambda: open_teacher(Teacher("bundled:shapes-sd")))
-                      for form in ("full", "lora"))  # fmt: skip
+        pair = [dmd2("bundled:shapes-sd", weights, batch) for weights in (Weights(), LORA)]
+        full, lora = (both(recipe, lambda: open_teacher(recipe.teacher)) for recipe in pair)  # noqa: B023
         row = {"teacher": "bundled:shapes-sd", "batch": batch, "three_networks": full, "shared": lora}
         add("shared", row | {"ratio": round(lora["measured"] / full["measured"], 3)})
     for name in given.sizes:
-        rows = {form: real_size(name, form, checkpointing=False) for form in ("lora", "full")}
-        for row in rows.values():
-            add("real", row)
-        ratio = round(rows["lora"]["peak"] / rows["full"]["peak"], 3)
-        add("shared", {"teacher": name, "batch": 1, "ratio": ratio})
-        add("real", real_size(name, "lora", checkpointing=True))
+        for variant in VARIANTS if name == "sdxl" else list(VARIANTS)[:2]:
+            add("real", real_size(name, variant))
     if given.out:
         put_into_readme("memory", table(found))
 
 
 def table(found: dict[str, Any]) -> str:
-    """Real sizes as Markdown."""
-    lines = ["| DMD2, batch 1, bfloat16 | three full networks | shared backbone | ratio | and recomputed activations |",
-             "|" + " --- |" * 5]  # fmt: skip
-    of = {(r["teacher"], r["form"], r["checkpointing"]): r["peak"] / 1e9 for r in found["real"]}
+    """DMD2 in all variants as Markdown; ratios are to three full networks."""
+    lines = ["| DMD2 of | how | peak | ratio |", "| --- | --- | --- | --- |"]
     for row in found["shared"]:
-        name = row["teacher"]
-        if name in KNOWN:
-            lines.append(
-                f"| {name} | {of[name, 'full', False]:.1f} GB | {of[name, 'lora', False]:.1f} GB | {row['ratio']:.2f} "
-                f"| {of[name, 'lora', True]:.1f} GB |"
-            )
-    for row in (r for r in found["shared"] if r["teacher"] not in KNOWN):
-        full, lora = (row[key]["measured"] / 1e6 for key in ("three_networks", "shared"))
-        lines.append(
-            f"| bundled shapes-sd, float32, batch {row['batch']}, measured | {full:.0f} MB | {lora:.0f} MB "
-            f"| {row['ratio']:.2f} | |"
-        )
+        name = f"bundled shapes-sd, batch {row['batch']}, measured"
+        for key, how in (("three_networks", "three full networks"), ("shared", "shared backbone")):
+            measured = row[key]["measured"]
+            ratio = measured / row["three_networks"]["measured"]
+            lines.append(f"| {name} | {how} | {measured / 2**20:.0f} MiB | {ratio:.2f} |")
+    whole = {row["teacher"]: row["peak"] for row in found["real"] if row["variant"] == "three full networks"}
+    for row in found["real"]:
+        ratio = row["peak"] / whole[row["teacher"]]
+        lines.append(f"| {row['teacher']}, planned | {row['variant']} | {row['peak'] / 2**30:.1f} GiB | {ratio:.2f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -39,6 +39,10 @@ class Known:
     """Conditions of one sample."""
 
 
+class Weightless(SimpleNamespace):
+    """Stands for the pipeline of a known teacher: nobody encodes or decodes."""
+
+
 def _vp() -> SchedulerMixin:
     return DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
@@ -164,5 +168,5 @@ def open_untrained(known: Known, size: Sequence[int] = (), device: str = "meta")
     family = replace(family, encode=lambda pipeline, prompts, size: conditions(len(prompts)))
     told = family.guidance_input(net)
     denoiser = Denoiser(net, family.schedule(scheduler), family.kind(scheduler), family.call(scheduler))
-    pipeline = SimpleNamespace(components={family.module: net}, scheduler=scheduler)  # nobody decodes or encodes
+    pipeline = Weightless(components={family.module: net}, scheduler=scheduler)
     return Opened(family, denoiser, None if told else conditions(1), shape, pipeline)

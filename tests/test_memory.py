@@ -72,7 +72,7 @@ def measure(recipe: Recipe, opened: Opened) -> int:
             trainer.step(index)
 
     gc.collect()
-    return measured_peak(steps) + size_of([*opened.denoiser.parameters(), *opened.denoiser.buffers()])
+    return measured_peak(lambda _: steps()) + size_of([*opened.denoiser.parameters(), *opened.denoiser.buffers()])
 
 
 def few_pairs() -> Recipe:
@@ -157,7 +157,7 @@ def test_a_rehearsal_allocates_nothing() -> None:
     recipe = few_pairs()
     recipe = replace(recipe, teacher=Teacher("config:sd1.5"), run=replace(recipe.run, batch=4, steps=1))
     found: list[Memory] = []
-    real = measured_peak(lambda: found.append(rehearse(recipe, opened)))
+    real = measured_peak(lambda _: found.append(rehearse(recipe, opened)))
     assert found[0].peak > 100e6 and real < 0.02 * found[0].peak
 
 
@@ -190,7 +190,7 @@ def sharded_step() -> int:
     gc.collect()
     states = [v for one in trainer.optimizers.values() for state in one.state.values() for v in state.values()]
     held = size_of([*(t for tensors in held_by(trainer.nets).values() for t in tensors), *states])
-    return held + measured_peak(lambda: trainer.step(0))
+    return held + measured_peak(lambda _: trainer.step(0))
 
 
 def sharded_regression() -> Recipe:
