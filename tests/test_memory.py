@@ -7,12 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from stepdistill.build import build, open_teacher
-from stepdistill.data import DigitsData, ShapesPrompts
-from stepdistill.known_teachers import KNOWN, Known, open_known, open_untrained
+from stepdistill.data import DigitsData, ShapesData, ShapesPrompts, TeacherPairs
 from stepdistill.memory import (
     Memory,
     Noise,
@@ -25,11 +22,9 @@ from stepdistill.memory import (
 from stepdistill.models.families import Opened, open_pipeline
 from stepdistill.models.nets import is_weight
 from stepdistill.placement import Placement
-from stepdistill.plan import open_for_plan
 from stepdistill.recipe import Recipe, Teacher, Weights
 from stepdistill.recipes import find
-from stepdistill.rehearsal import LiveBytes, cuda_autocast, measured_peak, rehearsal
-from tests.processes import together
+from stepdistill.rehearsal import measured_peak
 from tests.tiny import sd
 
 
@@ -79,18 +74,6 @@ def few_pairs() -> Recipe:
     """Regression for a text-to-image teacher, on few prompts."""
     recipe = find("shapes_sd_kd")
     return replace(recipe, data=replace(recipe.data, count=2, prompts=ShapesPrompts(count=2)))
-
-
-def test_views_count_with_what_they_view_and_nothing_stays_counted() -> None:
-    with LiveBytes() as books:
-        a = torch.zeros(1000)
-        b = a.view(10, 100)[2:]
-        c = a + 1
-        assert books.now == 8000
-        del a, c
-        assert books.now == 4000 and books.peak == 8000  # b still holds the storage
-        del b
-    assert books.now == 0
 
 
 def test_a_rehearsed_peak_is_the_measured_one(planned: Memory, measured: int) -> None:
@@ -149,65 +132,19 @@ def test_recomputed_activations_are_not_kept() -> None:
     assert recomputed.peak - recomputed.data == pytest.approx(measure(less, opened), rel=0.1)
 
 
-def test_a_rehearsal_allocates_nothing() -> None:
-    known = Known(
-        lambda: sd.unet(block_out_channels=(128, 256)), KNOWN["sd1.5"].scheduler, (4, 16, 16), {"prompt": (8, 16)}
-    )
-    opened = open_untrained(known)
-    recipe = few_pairs()
-    recipe = replace(recipe, teacher=Teacher("config:sd1.5"), run=replace(recipe.run, batch=4, steps=1))
-    found: list[Memory] = []
-    real = measured_peak(lambda _: found.append(rehearse(recipe, opened)))
-    assert found[0].peak > 100e6 and real < 0.02 * found[0].peak
-
-
-def test_norms_are_kept_in_float32_on_a_card_and_not_on_a_cpu() -> None:
-    x = torch.zeros(2, 8, dtype=torch.bfloat16)
-    norm = nn.LayerNorm(8)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert norm(x).dtype == torch.bfloat16
-        with cuda_autocast():
-            assert norm(x).dtype == torch.float32
-            # nor where a backward pass computes them again
-            checkpoint(norm, x.requires_grad_(), use_reentrant=False).sum().backward()
-
-
-def test_numbers_that_are_read_do_not_stop_a_rehearsal() -> None:
-    with rehearsal():
-        x = torch.zeros(3)
-        assert bool((x + 1).isfinite().all()) and float(x.sum()) == 1.0
-        drawn = int(torch.randint(5, (1,), generator=torch.Generator().manual_seed(0)))
-    assert drawn == int(torch.randint(5, (1,), generator=torch.Generator().manual_seed(0)))
-
-
-def sharded_step() -> int:
-    """Peak of one of two processes, in a step of a run that goes on."""
-    recipe = sharded_regression()
-    opened = open_teacher(Teacher("bundled:digits"))
-    noise = Noise(recipe.data, recipe.data.examples(opened, 4))
-    trainer = build(replace(recipe, data=noise), opened=opened).trainer
-    trainer.step(0)
-    gc.collect()
-    states = [v for one in trainer.optimizers.values() for state in one.state.values() for v in state.values()]
-    held = size_of([*(t for tensors in held_by(trainer.nets).values() for t in tensors), *states])
-    return held + measured_peak(lambda _: trainer.step(0))
-
-
-def sharded_regression() -> Recipe:
-    recipe = find("digits_kd")
-    return replace(recipe, run=replace(recipe.run, batch=8, steps=1), placement=Placement(shard=True))
-
-
-def test_one_of_two_processes_is_planned_with_its_shards(digits: Opened) -> None:
-    m = rehearse(sharded_regression(), digits, devices=2)
-    own = 4 * sum(p.numel() for p in digits.denoiser.parameters())
-    assert m.weights["student"] == pytest.approx(own / 2, rel=0.01)
-    assert [m.peak - m.data] * 2 == pytest.approx(together(2, sharded_step), rel=0.1)
-
-
 def test_tables_on_the_device_are_counted(digits: Opened) -> None:
     cond = digits.family.examples(digits.pipeline, 1)
     assert table_bytes(DigitsData(), cond, (1, 8, 8), 2) == 1437 * (64 * 4 + 8)
+
+
+def test_images_and_each_caption_once_are_counted_until_they_are_too_many() -> None:
+    cond, shape = {"prompt": torch.zeros(1, 5)}, (4, 2, 2)
+    data = ShapesData(count=64, dropout=1.0)
+    captions = len(set(data.captions(64)))
+    assert captions < 64 and table_bytes(data, cond, shape, 2) == captions * 5 * 4 + 64 * 16 * 4
+    assert table_bytes(replace(data, memory=3e-6), cond, shape, 2) == captions * 5 * 4
+    pairs = TeacherPairs(count=10, prompts=ShapesPrompts(count=64, dropout=1.0))
+    assert table_bytes(pairs, cond, shape, 3) == captions * 5 * 4 + 10 * 3 * 16 * 4
 
 
 def test_frozen_weights_and_what_a_discriminator_reads_are_parameters(digits: Opened) -> None:
@@ -220,19 +157,6 @@ def test_frozen_weights_and_what_a_discriminator_reads_are_parameters(digits: Op
     assert sum(t.numel() for t in found["student"]) == own > sum(p.numel() for p in nets.student.parameters())
     judge = sum(p.numel() for p in nets["disc"].backbone.parameters())
     assert sum(t.numel() for t in found["disc"]) == judge + sum(p.numel() for p in nets["disc"].parameters())
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters"), [("sd1.5", 859_520_964), ("sdxl", 2_567_463_684), ("flux-dev", 11_901_408_320)]
-)
-def test_known_teachers_have_the_published_numbers_of_weights(name: str, parameters: int) -> None:
-    """Those of the hub's weight files."""
-    assert sum(p.numel() for p in open_known(name).denoiser.parameters()) == parameters
-
-
-def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="config:sdxl"):
-        open_for_plan(Teacher("config:sd9"))
 
 
 @pytest.mark.gpu
