@@ -165,7 +165,7 @@ class Checkpoints:
         path = distributed.on_main(self.newest)
         if path is None:
             return None
-        meta, tensors = _read(path)
+        meta, tensors = read_checkpoint(path)
         _restore(path, meta, tensors, nets, optimizers)
         window = {k: (sums, count) for k, (sums, count) in meta["window"].items()}
         return Progressed(meta["index"], window, {k: (scale, clean) for k, (scale, clean) in meta["scales"].items()})
@@ -181,7 +181,7 @@ class Checkpoints:
         damaged: list[str] = []
         for path in reversed(self.paths()):
             try:
-                _read(path, verify=True)
+                read_checkpoint(path, verify=True)
                 return path
             except (SafetensorError, OSError, ValueError) as error:
                 damaged.append(f"{path.name} ({str(error).splitlines()[0]})")
@@ -199,7 +199,7 @@ class Checkpoints:
         path = distributed.on_main(self.newest)
         if path is None:
             raise ValueError(f"no checkpoint in {self.folder}; start the run anew")
-        return {k.removeprefix("nets."): v for k, v in _read(path)[1].items() if k.startswith("nets.")}
+        return {k.removeprefix("nets."): v for k, v in read_checkpoint(path)[1].items() if k.startswith("nets.")}
 
 
 def checksum(meta: str, tensors: Mapping[str, Tensor]) -> str:
@@ -212,10 +212,11 @@ def checksum(meta: str, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path, *, verify: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What is in a file.
+def read_checkpoint(path: Path, *, verify: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What is in a checkpoint's file, and nothing on disk is touched: its description, and tensors on the CPU.
 
     Raises:
+        SafetensorError: if it is damaged so that it cannot be opened.
         ValueError: if it is none of ours, or, on request, if one of its bytes is not what was written.
     """
     with safe_open(path, framework="pt") as file:

@@ -1,4 +1,4 @@
-"""The command line: quickstart, distill, sample, bench, methods, plan."""
+"""The command line: quickstart, distill, sample, bench, methods, plan, doctor."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from stepdistill import distributed
 from stepdistill.build import guided, open_teacher
 from stepdistill.data.prompts import read_prompts
 from stepdistill.distill import distill, evaluate_and_report, told
+from stepdistill.doctor import CHECKS, QUICK, diagnose
 from stepdistill.evaluation.benchmark import bench_student, bench_teacher, check_judged, evaluator_for
 from stepdistill.evaluation.features import to_uint8
 from stepdistill.evaluation.records import brief_table, save_records
@@ -47,12 +48,13 @@ USAGE = """stepdistill: turn a pretrained diffusers pipeline into a one- to four
   stepdistill bench RUN ... [...]     measure students beside their teacher
   stepdistill methods                 the objectives there are
   stepdistill plan RECIPE             what it will cost
+  stepdistill doctor RUN              what is wrong with a run; exits with 1 if anything is
 
 Every command answers --help; --debug shows a traceback with an error."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; exits with 0, 1 (a bug), 2 (bad input) or 130 (interrupted)."""
+    """Run the command line; exits with 0, 1 (a bug, or what ``doctor`` found), 2 (bad input) or 130 (interrupted)."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
@@ -430,6 +432,37 @@ def _cost(args: list[str]) -> None:
     print(f"{sum(s.evaluations for s in stages):,} network evaluations of one sample (a backward pass counts two)")
 
 
+@dataclass(frozen=True)
+class Doctor:
+    """Read a run directory and name what is wrong with it: each finding with numbers, a likely cause and a cure.
+
+    Nothing is changed. Exits with 0 if nothing was found, with 1 otherwise.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """A run directory, finished or not."""
+    quick: bool = False
+    """Read the recipe and what training has logged and saved, and open no network."""
+    json: bool = False
+    """Print JSON."""
+
+
+def _doctor(args: list[str]) -> None:
+    given = _parse(Doctor, args, "doctor")
+    found = diagnose(given.run, checks=QUICK if given.quick else CHECKS)
+    if given.json:
+        print(json_.dumps([one.facts() for one in found], indent=2))
+    else:
+        for one in found:
+            print(f"{one.folder}: {len(one.findings) or 'nothing'} found")
+            for finding in one.findings:
+                print(f"- {finding}")
+            for line in one.not_checked:
+                print(f"  not checked: {line}")
+    if any(one.findings for one in found):
+        sys.exit(1)
+
+
 def methods_table() -> str:
     """The registered objectives as a Markdown table."""
     lines = ["| objective | family | paper | networks | data |", "| --- | --- | --- | --- | --- |"]
@@ -448,4 +481,5 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "bench": _bench,
     "methods": _methods,
     "plan": _cost,
+    "doctor": _doctor,
 }

@@ -21,6 +21,7 @@ from stepdistill.evaluation.benchmark import bench_student, bench_teacher, check
 from stepdistill.evaluation.records import Record, metric_info, save_records
 from stepdistill.evaluation.report import Grid, save_grid, write_report
 from stepdistill.export import add_figures, check_exportable, load_lines, load_student, save_pipeline
+from stepdistill.health import Health
 from stepdistill.logging import check_trackers
 from stepdistill.lora_files import save_lora
 from stepdistill.models.denoiser import Cond, Guided
@@ -204,6 +205,8 @@ def _train(built: Built, recipe: Recipe, folder: Path) -> Nets:
     shown = to_show(opened, recipe.data, recipe.teacher)
     trainer.preview = lambda net, index: preview(net, opened, folder / "samples" / f"{index:06d}.png", shown)
     trainer.resume()
+    if recipe.run.health_every:
+        trainer.health = health_of(opened, recipe, folder, trainer.index)
     trainer.fit()
     return trainer.nets
 
@@ -234,10 +237,17 @@ class Shown:
     """Of the columns; none without text."""
 
 
-def to_show(opened: Opened, data: Data, teacher: Teacher) -> Shown:
-    """The first classes or prompts of a recipe's data, several samples of each where samples are small."""
+def to_show(opened: Opened, data: Data, teacher: Teacher, *, large: tuple[int, int] = (1, 4)) -> Shown:
+    """The first classes or prompts of a recipe's data, several samples of each where samples are small.
+
+    Args:
+        opened: the teacher's pipeline.
+        data: where conditions come from.
+        teacher: whose guidance students may be told.
+        large: rows and columns where samples are large.
+    """
     small = math.prod(opened.sample_shape) <= SMALL
-    rows, columns = (4, 10) if small else (1, 4)
+    rows, columns = (4, 10) if small else large
     captions = tuple(data.captions(columns))
     columns = len(captions) or columns
     cond = {k: v.repeat(rows, *[1] * (v.ndim - 1)) for k, v in data.examples(opened, columns).items()}
@@ -250,6 +260,14 @@ def to_show(opened: Opened, data: Data, teacher: Teacher) -> Shown:
 def told(teacher: Teacher) -> float | None:
     """The guidance scale at which students of a whole range are looked at: its middle; None without a range."""
     return None if teacher.guidance_range is None else sum(teacher.guidance_range) / 2
+
+
+def health_of(opened: Opened, recipe: Recipe, folder: Path, done: int) -> Health:
+    """What looks after a stage: four samples of each of a few conditions."""
+    shown = to_show(opened, recipe.data, recipe.teacher, large=(4, 2))
+    seeds, columns = (shown.rows, shown.columns) if shown.cond else (shown.rows * shown.columns, 1)
+    at_once = min(seeds * columns, distributed.share(recipe.run.batch))  # what fits with a graph fits without
+    return Health(opened, shown.cond, seeds, columns, folder, steps=recipe.run.steps, done=done, at_once=at_once)
 
 
 def preview(student: Student, opened: Opened, path: Path, shown: Shown) -> None:

@@ -101,6 +101,8 @@ class Trainer:
         self.specs = dict(specs or {})
         self.placed = placed or Placed()
         self.preview = preview
+        self.health: Callable[[Nets, int], Mapping[str, float]] | None = None
+        """Called in all processes with the networks and the number of steps done; returns figures for trackers."""
         self.averages = {"ema": run.ema, **objective.averages()}
         add_averages(nets, self.averages)
         self.part = Part(distributed.rank(), distributed.world(), distributed.share(run.batch))
@@ -200,6 +202,8 @@ class Trainer:
         stopped = False
         with Progress(title, self.index, run.steps) as progress, _interrupts() as stop, self._writing():
             while self.index < run.steps and not stopped:
+                if due(self.index, run.health_every):
+                    trackers.log(self._examined(), self.index)
                 logs = self.step(self.index)
                 self.index += 1
                 self.metrics.add(logs)
@@ -214,6 +218,8 @@ class Trainer:
                     self.save()
                 stopped = distributed.any_of(bool(stop))
             self.save()
+        if run.health_every and not stopped:
+            trackers.log(self._examined(), self.index)
         trackers.close()
         if stopped:
             raise KeyboardInterrupt
@@ -229,6 +235,15 @@ class Trainer:
                 self.checkpoints.join()
         if self.checkpoints is not None:
             self.checkpoints.finish()
+
+    def _examined(self) -> dict[str, float]:
+        """Figures of health; nobody moves."""
+        if self.health is None:
+            return {}
+        with self.placed.awake("ema"):
+            figures = self.health(self.nets, self.index)
+        self.placed.after_turn()
+        return {f"health/{name}": value for name, value in figures.items()}
 
     def _show(self) -> None:
         if self.preview:
