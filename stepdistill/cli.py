@@ -82,8 +82,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             traceback.print_exc()
         if not isinstance(error, ValueError | OSError | FloatingPointError):
             raise
-        print(f"stepdistill: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"stepdistill: {_one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
+
+
+def _one_line(text: str, longest: int = 1000) -> str:
+    """An error to read at a glance; of one that quotes a page of input the ends, which say where, and how to mend it."""
+    line = " ".join(text.split())
+    return line if len(line) <= longest else f"{line[: longest * 2 // 3]} ... {line[-longest // 4 :]}"
 
 
 def _parse(kind: type, args: list[str], command: str, **options: Any) -> Any:

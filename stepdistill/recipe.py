@@ -245,7 +245,7 @@ class Recipe:
         """
         try:
             value = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # RecursionError: brackets within brackets without end
             raise ValueError(f"{source}: not JSON ({error})") from error
         try:
             return decode(value, cls, "recipe")
@@ -303,7 +303,10 @@ def decode(value: Any, expected: Any, where: str) -> Any:
             raise ValueError(f"{where}: expected an object, got {value!r}")
         return {k: decode(v, args[1], f"{where}.{k}") for k, v in value.items()}
     if expected is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise ValueError(f"{where}: expected a number below 1e308, got one of {len(str(value))} digits") from error
     if expected in (bool, int, float, str):
         if type(value) is not expected:
             raise ValueError(f"{where}: expected {expected.__name__}, got {value!r}")

@@ -1,0 +1,231 @@
+"""Health measures what it says, leaves the run as it is, and says the same after a resume."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import signal
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from stepdistill.build import build, guided, open_teacher
+from stepdistill.data import DigitsData
+from stepdistill.distill import health_of
+from stepdistill.health import BEYOND, FILE, Health, contrast, diversity, saturation, teacher_sampler
+from stepdistill.models.families import Opened
+from stepdistill.objective import Batch, Step
+from stepdistill.objectives import DMD2
+from stepdistill.recipe import Recipe, Teacher
+from stepdistill.sampling import Sampler, trailing
+from stepdistill.schedule import EDM, RectifiedFlow
+from stepdistill.symptoms import Curves, Finding
+from stepdistill.trainer import AdamW, Run, Trainer
+
+RECIPE = Recipe(
+    teacher=Teacher("bundled:digits"),
+    objective=DMD2(student_every=2),
+    data=DigitsData(),
+    optim={name: AdamW(1e-3) for name in ("student", "critic", "disc")},
+    sampler=Sampler(trailing(2)),
+    run=Run(steps=7, batch=4, log_every=2, save_every=2, health_every=3, ema=0.5),
+)
+
+
+@pytest.fixture(scope="module")
+def opened() -> Opened:
+    """The bundled teacher."""
+    return open_teacher(RECIPE.teacher)
+
+
+def trainer_of(opened: Opened, out: Path, every: int = 3) -> Trainer:
+    """As ``distill`` makes it, from the newest checkpoint."""
+    recipe = replace(RECIPE, run=replace(RECIPE.run, health_every=every))
+    trainer = build(recipe, opened=opened, out=out).trainer
+    trainer.resume()
+    if every:
+        trainer.health = health_of(opened, recipe, out, trainer.index)
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def whole(opened: Opened, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Path]:
+    """A finished run."""
+    out = tmp_path_factory.mktemp("whole")
+    trainer = trainer_of(opened, out)
+    trainer.fit()
+    return trainer, out
+
+
+# What is measured
+
+
+def test_diversity_is_half_the_mean_squared_distance_of_pairs_of_seeds() -> None:
+    """Var = E|x - y|^2 / 2 over pairs, by loops; conditions that differ do not count as diversity."""
+    x = torch.randn(4 * 3, 2, 5)
+    x[::3] += 100  # the first condition of three
+    pairs = [
+        float((x[a * 3 + c] - x[b * 3 + c]).double().square().mean()) / 2
+        for c in range(3)
+        for a, b in itertools.combinations(range(4), 2)
+    ]
+    assert_close(diversity(x, 3), (sum(pairs) / len(pairs)) ** 0.5)
+    assert diversity(x[:3].repeat(4, 1, 1), 3) == 0
+
+
+def test_contrast_is_the_deviation_of_grey_values_within_images() -> None:
+    images = torch.rand(5, 3, 6, 7) * 2 - 1
+    assert_close(
+        contrast(images), float(np.mean([np.std(i.mean(0).numpy(), ddof=1) for i in images])), rtol=1e-5, atol=0
+    )
+
+
+def test_saturation_is_the_range_over_colours() -> None:
+    grey, red = torch.full((1, 3, 2, 2), 0.3), torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    assert saturation(grey) == 0 and saturation(red) == 2 and saturation(torch.cat([grey, red])) == 1
+
+
+def test_the_first_line_says_that_critic_and_student_are_the_teacher(whole: tuple[Trainer, Path]) -> None:
+    lines = [json.loads(line) for line in (whole[1] / FILE).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 3, 6, 7]
+    first = lines[0]
+    assert first["start_gap"] == first["average_gap"] == 0 and first["critic_error"] == first["teacher_error"] > 0
+    assert all("start_gap" not in line and line["average_gap"] > 0 for line in lines[1:])
+    assert all(line["critic_error"] != line["teacher_error"] for line in lines[1:])
+    assert len({line["teacher_diversity"] for line in lines}) == 1
+    assert all("saturation" not in line for line in lines)  # digits are grey
+
+
+def test_a_student_that_is_not_its_teacher_at_the_start_shows(opened: Opened, tmp_path: Path) -> None:
+    trainer = trainer_of(opened, tmp_path)
+    with torch.no_grad():
+        trainer.nets.student.net.conv_out.weight.mul_(1.5)
+    assert trainer.health(trainer.nets, 0)["start_gap"] > 0.05
+
+
+def test_values_beyond_the_teachers_are_counted(opened: Opened, tmp_path: Path) -> None:
+    trainer = trainer_of(opened, tmp_path)
+    health: Health = trainer.health
+    figures = health(trainer.nets, 0)
+    sampled = health._samples
+    health._samples = lambda predict, sampler, device: 3 * sampled(predict, sampler, device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tripled = health(trainer.nets, 3)
+    mine = sampled(trainer.nets.student, trainer.nets.student.sampler, torch.device("cpu"))
+    expected = float((3 * mine.abs() > BEYOND * figures["teacher_largest"]).double().mean())
+    assert figures["outside"] == 0 and tripled["outside"] == expected > 0.2
+    assert_close(tripled["diversity"], 3 * figures["diversity"])
+
+
+def test_the_teacher_is_sampled_at_its_own_noise_levels(opened: Opened) -> None:
+    """On EDM's path even times would end at sigma 5 of 80, a blur."""
+    edm = teacher_sampler(EDM())
+    assert edm.steps == 16 and edm.times[0] == pytest.approx(1) and edm.times[-1] * EDM().t_max < 0.01
+    assert teacher_sampler(RectifiedFlow()).times == trailing(16)
+
+
+# What it leaves alone
+
+
+def test_a_run_is_the_same_bit_for_bit_with_health_and_without(
+    opened: Opened, whole: tuple[Trainer, Path], tmp_path: Path
+) -> None:
+    torch.manual_seed(5)  # whoever draws from the global stream within training would show here
+    plain = trainer_of(opened, tmp_path, every=0)
+    plain.fit()
+    assert not (tmp_path / FILE).exists()
+    one, other = whole[0].nets.trainable_state(), plain.nets.trainable_state()
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (whole[1] / "metrics.jsonl").read_bytes()
+
+
+def test_health_leaves_the_global_stream_of_random_numbers(opened: Opened, tmp_path: Path) -> None:
+    trainer = trainer_of(opened, tmp_path)
+    before = torch.random.get_rng_state()
+    decode = opened.family.decode
+
+    def drawing(pipeline: object, samples: torch.Tensor) -> torch.Tensor:
+        torch.rand(3)
+        return decode(pipeline, samples)
+
+    trainer.health.opened = replace(opened, family=replace(opened.family, decode=drawing))
+    trainer.health(trainer.nets, 0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("stop", [2, 5, 6])
+def test_a_resumed_run_writes_the_same_lines(
+    stop: int, opened: Opened, whole: tuple[Trainer, Path], tmp_path: Path
+) -> None:
+    first = trainer_of(opened, tmp_path)
+    first.data = stopping(first.data, stop)
+    with pytest.raises(KeyboardInterrupt):
+        first.fit()
+    with (tmp_path / FILE).open("a") as file:  # what a later crash may have left
+        file.write(('{"step": 6, "diversity": 1.0}\n' if stop < 6 else "") + '{"step": 7, "div')
+    trainer_of(opened, tmp_path).fit()
+    assert (tmp_path / FILE).read_bytes() == (whole[1] / FILE).read_bytes()
+
+
+def stopping(data: Callable[[Step], Batch], index: int) -> Callable[[Step], Batch]:
+    """A source that presses ^C at ``index``."""
+
+    def source(step: Step) -> Batch:
+        if step.index == index:
+            signal.raise_signal(signal.SIGINT)
+        return data(step)
+
+    return source
+
+
+# What it says
+
+
+def test_a_symptom_is_warned_about_once_and_kept_in_its_line(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ill(curves: Curves) -> list[Finding]:
+        last = curves.health[-1]["step"]
+        return [Finding("ill", "the student is ill", f"step {last}", "a test", "wait")] if last >= 3 else []
+
+    monkeypatch.setattr("stepdistill.health._WATCHED", (ill,))
+    trainer = trainer_of(opened, tmp_path)
+    with pytest.warns(UserWarning, match="step 3: the student is ill") as seen:
+        trainer.fit()
+    assert len(seen) == 1
+    lines = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
+    assert [line.get("warnings", {}).keys() for line in lines] == [set(), {"ill"}, set(), set()]
+
+
+def test_a_line_that_cannot_be_written_says_so(opened: Opened, tmp_path: Path) -> None:
+    trainer = trainer_of(opened, tmp_path)
+    (tmp_path / FILE).mkdir()
+    with pytest.raises(OSError, match=r"could not write .*health.jsonl.*the last checkpoint is intact"):
+        trainer.fit()
+
+
+def test_figures_reach_the_trackers(opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: dict[int, list[str]] = {}
+    monkeypatch.setattr(
+        "stepdistill.trainer.Trackers.log", lambda self, means, index: logged.setdefault(index, []).extend(means)
+    )
+    trainer_of(opened, tmp_path).fit()
+    assert all("health/diversity" in logged[index] for index in (0, 3, 6, 7))
+
+
+def test_guided_teachers_are_the_reference(opened: Opened, tmp_path: Path) -> None:
+    """The student learns the guided distribution, so guidance must not look like a collapse."""
+    trainer = trainer_of(opened, tmp_path)
+    plain = trainer.health(trainer.nets, 0)
+    other = trainer_of(opened, tmp_path / "guided")
+    other.nets["teacher"] = guided(opened, Teacher("bundled:digits", guidance=5.0))
+    strong = other.health(other.nets, 0)
+    assert strong["teacher_diversity"] < plain["teacher_diversity"]
+    assert strong["teacher_error"] == plain["teacher_error"]  # of the unguided network, as critics are
