@@ -159,7 +159,7 @@ def recipe_arguments(draw: Draw, folder: Path) -> Ended:
         st.sampled_from([*NAMES, "digits_dmd", "digits_kd@", "digits_kd@0", "digits_kd@99999999999", "", "@", "x.py"])
     )
     args = [name]
-    for _ in range(draw(st.integers(1, 2))):
+    for _ in range(draw(st.integers(0, 2))):
         args.append(draw(st.sampled_from(FIELDS)))
         args += [str(v) for v in draw(st.lists(st.sampled_from(NUMBERS) | st.sampled_from(ODD), max_size=2))]
     return _ended(["distill", *args, "--print"], folder)

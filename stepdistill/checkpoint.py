@@ -166,9 +166,18 @@ class Checkpoints:
         if path is None:
             return None
         meta, tensors = read_checkpoint(path)
-        _restore(path, meta, tensors, nets, optimizers)
-        window = {k: (sums, count) for k, (sums, count) in meta["window"].items()}
-        return Progressed(meta["index"], window, {k: (scale, clean) for k, (scale, clean) in meta["scales"].items()})
+        try:
+            window = {k: ([float(v) for v in sums], int(count)) for k, (sums, count) in meta["window"].items()}
+            scales = {k: (float(scale), int(clean)) for k, (scale, clean) in meta["scales"].items()}
+            done = Progressed(int(meta["index"]), window, scales)
+            _restore(path, meta, tensors, nets, optimizers)
+        except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+            # its checksum is right, so this is what somebody has written
+            raise ValueError(
+                f"checkpoint {path} does not hold what this run needs ({type(error).__name__}: {error}); move it away, "
+                "and the one before it is taken"
+            ) from error
+        return done
 
     def newest(self) -> Path | None:
         """The newest checkpoint whose checksum is right; None if there is no checkpoint at all.
@@ -236,7 +245,8 @@ def _restore(
 ) -> None:
     stored = {k.removeprefix("nets."): v for k, v in tensors.items() if k.startswith("nets.")}
     current = nets.trainable_state()
-    wrong = sorted(stored.keys() ^ current.keys()) or [k for k in stored if stored[k].shape != current[k].shape]
+    unlike = [k for k in stored if k in current and _kind(stored[k]) != _kind(current[k])]
+    wrong = sorted(stored.keys() ^ current.keys()) or unlike
     if wrong or set(meta["groups"]) != set(optimizers):
         raise ValueError(f"checkpoint {path} belongs to another recipe: {(wrong or sorted(meta['groups']))[0]} differs")
     with torch.no_grad():
@@ -250,8 +260,17 @@ def _restore(
             if key.startswith(prefix):
                 i, slot = key.removeprefix(prefix).split(".")
                 like = params[int(i)]
+                expected = {"exp_avg": _kind(like), "exp_avg_sq": _kind(like), "step": ((), torch.float32)}  # AdamW's
+                if _kind(value) != expected.get(slot, _kind(value)):
+                    raise ValueError(f"checkpoint {path} belongs to another recipe: {key} differs")
                 state.setdefault(int(i), {})[slot] = _as(like, value) if value.shape == like.shape else value
+        if any({"exp_avg", "exp_avg_sq"} & set(slots) and len(slots) < 3 for slots in state.values()):
+            raise ValueError(f"checkpoint {path} is incomplete: some of {name}'s weights lack a part of their state")
         optimizer.load_state_dict({"state": state, "param_groups": meta["groups"][name]})
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
 
 
 def _as(like: Tensor, whole: Tensor) -> Tensor:

@@ -347,6 +347,7 @@ def test_an_optimizer_setting_out_of_range_is_named(field: dict[str, float]) -> 
         {"clip": math.nan},
         {"save_every": -1},
         {"preview_every": -1},
+        {"health_every": -1},
         {"threads": -1},
         {"seed": -1},
         {"seed": 2**63},

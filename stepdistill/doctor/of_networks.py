@@ -131,7 +131,7 @@ def never_moved(run: Examined) -> Iterator[Finding]:
         started = role == "student" and run.recipe.warm_start is not None  # from weights that are not at hand
         if not state or not taken or started:
             continue
-        adapters = {k: v for k, v in state.items() if ".lora_B." in k or k.startswith("lora_B.")}
+        adapters = {k: v for k, v in state.items() if "lora_B" in k}
         if adapters:  # these start at zero, beside others that start at random
             still = not any(bool(v.any()) for v in adapters.values())
         else:
