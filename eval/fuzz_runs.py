@@ -134,7 +134,7 @@ def recipe_bytes(draw: Draw, folder: Path) -> Ended:
     """A recipe.json that was cut, bent, encoded otherwise, or is something else altogether."""
     text = json.dumps(draw(st.sampled_from(templates())), indent=draw(st.sampled_from([None, 2])))
     raw = bytearray(text.encode())
-    how = draw(st.sampled_from(["cut", "flipped", "encoded", "bytes", "deep", "doubled", "json"]))
+    how = draw(st.sampled_from(["cut", "flipped", "encoded", "bytes", "deep", "doubled", "json", "whole"]))
     if how == "cut":
         del raw[draw(st.integers(0, len(raw) - 1)) :]
     elif how == "flipped":
@@ -148,7 +148,7 @@ def recipe_bytes(draw: Draw, folder: Path) -> Ended:
         raw = bytearray(draw(st.sampled_from([b"[", b'{"warm_start":'])) * draw(st.sampled_from([10, 100_000])))
     elif how == "doubled":
         raw = raw * 2
-    else:
+    elif how == "json":
         raw = bytearray(json.dumps(draw(JSON)).encode())
     return _commanded(folder, bytes(raw), draw)
 

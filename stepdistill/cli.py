@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _one_line(text: str, longest: int = 1000) -> str:
-    """An error to read at a glance; of one that quotes a page of input the ends, which say where, and how to mend it."""
+    """An error to read at a glance; of one that quotes a page of input both ends: where it is, and how to mend it."""
     line = " ".join(text.split())
     return line if len(line) <= longest else f"{line[: longest * 2 // 3]} ... {line[-longest // 4 :]}"
 

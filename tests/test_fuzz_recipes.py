@@ -25,7 +25,8 @@ EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150")) // len(ATTACKS)
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_whatever_is_in_them_the_run_is_sound_or_there_is_one_clear_line(name: str) -> None:
-    ended = fuzz_runs.attack(name, EXAMPLES)
-    assert sum(ended.values()) >= EXAMPLES
-    if EXAMPLES >= 50:
+    examples = EXAMPLES // 5 if name == "recipe arguments" else EXAMPLES  # tyro takes a third of a second for each
+    ended = fuzz_runs.attack(name, examples)
+    assert sum(ended.values()) >= examples
+    if examples >= 50:
         assert ended["refused"] and ended["used"], "the attack meets one kind of input only"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -98,12 +98,12 @@ def metrics_end_early(run: Examined) -> Iterator[Finding]:
             "a file that was changed or cut, or a full disk",
             "free the disk; figures that are lost come back with a run resumed from an older checkpoint only",
         )
-    missing = _missing(lines, run.recipe.run.log_every)
+    missing, first = _missing(lines, run.recipe.run.log_every)
     if missing:
         yield Finding(
             "metrics_have_gaps",
             "metrics.jsonl has gaps",
-            f"{len(missing)} lines are missing, the first at step {missing[0]}",
+            f"{missing} lines are missing, the first at step {first}",
             "a file that was changed by hand",
             "nothing for the student; curves of the report lack these points",
         )
@@ -118,9 +118,12 @@ def metrics_end_early(run: Examined) -> Iterator[Finding]:
         )
 
 
-def _missing(lines: list[Line], every: int) -> list[int]:
+def _missing(lines: Sequence[Line], every: int) -> tuple[int, int]:
+    """How many lines before the last are missing, and the first step that is."""
     seen = {line["step"] for line in lines}
-    return [step for step in range(every, max(seen, default=0), every) if step not in seen]
+    expected = range(every, max(seen, default=0), every)
+    first = next((step for step in expected if step not in seen), 0)
+    return len(expected) - sum(step in expected for step in seen), first
 
 
 def leftovers(run: Examined) -> Iterator[Finding]:

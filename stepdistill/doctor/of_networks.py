@@ -126,8 +126,7 @@ def never_moved(run: Examined) -> Iterator[Finding]:
     fresh = {"critic": new_critic_of, "student": new_student_of}
     for role, make in fresh.items():
         state = run.state(role)
-        turns = [turn for turn in run.recipe.objective.turns() if role in turn.moves]
-        taken = sum(turn.due(index) for turn in turns for index in range(run.done))
+        taken = sum(turn.taken(run.done) for turn in run.recipe.objective.turns() if role in turn.moves)
         started = role == "student" and run.recipe.warm_start is not None  # from weights that are not at hand
         if not state or not taken or started:
             continue

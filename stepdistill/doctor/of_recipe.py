@@ -59,7 +59,7 @@ def stands_still(run: Examined) -> Iterator[Finding]:
                 "a warm-up that was meant for a longer run",
                 f"optim.{name}.warmup of a few hundredths of run.steps",
             )
-        if not any(turn.due(index) for turn in turns if name in turn.moves for index in range(steps)):
+        if not any(turn.taken(steps) for turn in turns if name in turn.moves):
             yield Finding(
                 f"{name}_has_no_turn",
                 f"the {name} never moves",
@@ -98,8 +98,7 @@ def guidance_below_one(run: Examined) -> Iterator[Finding]:
 
 def student_updates(recipe: Recipe) -> int:
     """Turns of the student within a whole run."""
-    turns = [turn for turn in recipe.objective.turns() if "student" in turn.moves]
-    return sum(turn.due(index) for turn in turns for index in range(recipe.run.steps))
+    return sum(turn.taken(recipe.run.steps) for turn in recipe.objective.turns() if "student" in turn.moves)
 
 
 def _rollouts(value: Any) -> Iterator[Rollout]:
