@@ -90,7 +90,7 @@ def test_a_gradient_norm_far_above_those_before_it_is_a_spike() -> None:
     usual = [1.0, 2.0, 1.5, 1.2, 0.8, 1.1]
     assert found([], metrics("student/grad_norm", [*usual, 30.0, 1.0])) == ["spikes"]
     assert found([], metrics("student/grad_norm", [*usual, 5.0, 1.0])) == []
-    assert found([], metrics("student/grad_norm", [30.0, *usual])) == []  # the first updates are large
+    assert found([], metrics("student/grad_norm", [1.0, 30.0, *usual])) == []  # the first updates may jump
     assert found([], metrics("student/loss", [*usual, 30.0, 1.0])) == []
 
 
