@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/stepdistill quickstart --out $(OUT)
 
 test: $(READY) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

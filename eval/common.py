@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
-import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,14 @@ import torch
 from stepdistill.build import guided, open_teacher
 from stepdistill.distill import distill
 from stepdistill.evaluation.benchmark import bench_student, bench_teacher, evaluator_for
-from stepdistill.evaluation.records import Record, check_same_protocol, load_records, save_records
+from stepdistill.evaluation.records import (
+    Record,
+    check_same_protocol,
+    format_value,
+    load_records,
+    mean_and_ci95,
+    save_records,
+)
 from stepdistill.export import load_student
 from stepdistill.plan import plan
 from stepdistill.quickstart import reseeded
@@ -158,12 +164,20 @@ def run_all(
     return records + [r for name in recipes for seed in seeds for r in found[name, seed]]
 
 
-def table(records: list[Record], metrics: Mapping[str, int]) -> str:
-    """Medians over training seeds, lowest and highest beside them; the teacher's rows have one value.
+SPREAD = "Means over training seeds ± half widths of their 95 % intervals; a single run has two digits and no ±."
+
+
+def cell(values: Sequence[float]) -> str:
+    """Runs that differ by their training seed, in a table: no digit that their interval does not support."""
+    return format_value(*mean_and_ci95(values))
+
+
+def table(records: list[Record], metrics: Sequence[str]) -> str:
+    """One line for each subject and way of sampling, its training seeds together; see ``cell``.
 
     Args:
         records: of one protocol.
-        metrics: columns, and digits behind the point.
+        metrics: columns.
     """
     check_same_protocol([r for r in records if r.metric in metrics])
     rows: dict[tuple[str, int, str], dict[str, list[float]]] = {}
@@ -174,9 +188,6 @@ def table(records: list[Record], metrics: Mapping[str, int]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for (subject, steps, sampler), values in rows.items():
         cells = [subject, str(steps), sampler, str(len(values["fd"]))]
-        for metric, digits in metrics.items():
-            v = values[metric]
-            spread = f" ({min(v):.{digits}f} - {max(v):.{digits}f})" if len(v) > 1 else ""
-            cells.append(f"{statistics.median(v):.{digits}f}{spread}")
+        cells += [cell(values[metric]) for metric in metrics]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

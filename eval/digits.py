@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from common import RUNS, Measured, put_into_readme, run_all, table
+from common import RUNS, SPREAD, Measured, put_into_readme, run_all, table
 
 from stepdistill.build import guided, open_teacher
 from stepdistill.distill import side_by_side
@@ -24,7 +24,7 @@ from stepdistill.export import load_student
 from stepdistill.recipe import Teacher
 
 HERE = Path(__file__).resolve().parent / "digits"
-METRICS = {"fd": 3, "pix": 3, "precision": 1, "recall": 1, "coverage": 1, "accuracy": 1}
+METRICS = ("fd", "pix", "precision", "recall", "coverage", "accuracy")
 TEACHER = Teacher("bundled:digits")
 TEACHER_STEPS = (1, 2, 4, 8, 16, 50)
 
@@ -75,17 +75,22 @@ def medians(records: list[Record]) -> list[Record]:
     return [replace(r, subject=shown[r.subject, r.steps]) for r in records if (r.subject, r.steps) in shown]
 
 
+def text_of(records: list[Record], n: int) -> str:
+    """The table and what it shows."""
+    note = (
+        f"{SPREAD} n = {n} images, sampling seed 0. fd and pix are Frechet distances in per cent of the real variance, "
+        "on classifier features and on pixels; lower is better."
+    )
+    return f"{table(records, METRICS)}\n{note}\n"
+
+
 def main(given: Arguments) -> None:
     """Run everything that is not there yet, then write tables and figures."""
     torch.set_num_threads(1)
     how = Measured(given.n, given.runs)
     records = run_all(given.recipes, given.seeds, [TEACHER], TEACHER_STEPS, how, given.jobs)
     save_records(given.out / "results.json", records)
-    note = (
-        f"Median over training seeds (lowest - highest), n = {given.n} images, sampling seed 0. fd and pix are Frechet "
-        "distances in per cent of the real variance, on classifier features and on pixels; lower is better."
-    )
-    text = f"{table(records, METRICS)}\n{note}\n"
+    text = text_of(records, given.n)
     (given.out / "table.md").write_text(text)
     if given.out == HERE:
         put_into_readme("table", text)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from common import RUNS, Measured, put_into_readme, recipe_of, run_all, teacher_records
+from common import RUNS, SPREAD, Measured, cell, put_into_readme, recipe_of, run_all, teacher_records
 
 import stepdistill.objectives  # noqa: F401 (fills the registry)
 from stepdistill.build import open_teacher
@@ -32,7 +32,7 @@ from stepdistill.recipes import find
 HERE = Path(__file__).resolve().parent / "methods"
 TEACHER = Teacher("bundled:digits")
 TEACHER_STEPS = (1, 2, 4, 8, 16, 50)
-METRICS = {"fd": 2, "pix": 2, "precision": 1, "recall": 1, "coverage": 1, "accuracy": 1}
+METRICS = ("fd", "pix", "precision", "recall", "coverage", "accuracy")
 METHODS = tuple(
     name
     for name, cls in sorted(registered().items(), key=lambda item: (item[1].family, item[0]))
@@ -143,7 +143,7 @@ def overview(values: Mapping[tuple[str, int], Mapping[str, list[float]]], costs:
             lines.append(f"| {method} | {cls.family} | {data} | {spread} | " + " | ".join(cells) + " |")
     runs = [c["evaluations"] for c in costs.values()]
     note = (
-        "FD % (lowest - highest over training seeds) / pixel FD % / recall %; medians. Every run starts from the "
+        f"FD % / pixel FD % / recall %. {SPREAD} Every run starts from the "
         f"teacher's weights and spends {min(runs) / 1e3:.0f} to {max(runs) / 1e3:.0f} thousand network evaluations "
         "of one sample, making its data included; a backward pass counts as two."
     )
@@ -153,9 +153,7 @@ def overview(values: Mapping[tuple[str, int], Mapping[str, list[float]]], costs:
 def _cell(values: Mapping[str, list[float]] | None) -> str:
     if not values:
         return ""
-    fd, pix, recall = (statistics.median(values[m]) for m in ("fd", "pix", "recall"))
-    spread = f" ({min(values['fd']):.2f} - {max(values['fd']):.2f})" if len(values["fd"]) > 1 else ""
-    return f"{fd:.2f}{spread} / {pix:.2f} / {recall:.0f}"
+    return " / ".join(cell(values[metric]) for metric in ("fd", "pix", "recall"))
 
 
 def everything(values: Mapping[tuple[str, int], Mapping[str, list[float]]]) -> str:
@@ -164,10 +162,7 @@ def everything(values: Mapping[tuple[str, int], Mapping[str, list[float]]]) -> s
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for (method, steps), metrics in values.items():
         cells = [method, str(steps), str(len(metrics["fd"]))]
-        for metric, digits in METRICS.items():
-            v = metrics[metric]
-            spread = f" ({min(v):.{digits}f} - {max(v):.{digits}f})" if len(v) > 1 else ""
-            cells.append(f"{statistics.median(v):.{digits}f}{spread}")
+        cells += [cell(metrics[metric]) for metric in METRICS]
         seconds = metrics.get("training_seconds", [])
         lines.append("| " + " | ".join([*cells, f"{statistics.median(seconds):.0f}" if seconds else ""]) + " |")
     return "\n".join(lines) + "\n"

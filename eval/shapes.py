@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 import tyro
-from common import RUNS, Measured, put_into_readme, run_all, table
+from common import RUNS, SPREAD, Measured, cell, put_into_readme, run_all, table
 from torch import Tensor
 
 from stepdistill.build import guided, open_teacher
@@ -37,7 +37,7 @@ from stepdistill.sampling import Ddim, Sampler, sample, trailing
 from stepdistill.shapes import COLOURS, HEADS, SHAPES
 
 HERE = Path(__file__).resolve().parent / "shapes"
-METRICS = {"alignment": 1, "fd": 2, "fd_clip": 2, "clip_score": 1, "precision": 1, "recall": 1, "coverage": 1}
+METRICS = ("alignment", "fd", "fd_clip", "clip_score", "precision", "recall", "coverage")
 TEACHER_STEPS = (1, 2, 4, 8, 50)
 RECIPES = {
     "sd": (
@@ -88,18 +88,23 @@ def main(given: Arguments) -> None:
     teacher = find(recipes[0]).teacher
     records = run_all(recipes, given.seeds, [teacher], TEACHER_STEPS, Measured(given.n, given.runs), given.jobs)
     save_records(given.out / f"{given.teacher}.json", records)
-    note = (
-        f"Teacher with guidance {teacher.guidance:g}, students without. {given.n} captions of held-out scenes, "
-        "sampling seed 0; medians over training seeds (lowest - highest). alignment: everything that the caption names "
-        "is right, by the attribute classifier, in per cent; fd and fd_clip: Frechet distances in per cent of the real "
-        "variance on classifier and open_clip features. Real scenes: " + _ceiling(records) + "."
-    )
-    text = f"{table(records, METRICS)}\n{note}\n"
+    text = text_of(records, teacher, given.n)
     (given.out / f"{given.teacher}.md").write_text(text)
     if given.out == HERE:
         put_into_readme(f"shapes-{given.teacher}", text)
     print(text)
     pictures(given, teacher, recipes)
+
+
+def text_of(records: list[Record], teacher: Teacher, n: int) -> str:
+    """The table and what it shows."""
+    note = (
+        f"Teacher with guidance {teacher.guidance:g}, students without. {n} captions of held-out scenes, sampling seed "
+        f"0. {SPREAD} alignment: everything that the caption names is right, by the attribute classifier, in per cent; "
+        "fd and fd_clip: Frechet distances in per cent of the real variance on classifier and open_clip features. "
+        f"Real scenes: {_ceiling(records)}."
+    )
+    return f"{table(records, METRICS)}\n{note}\n"
 
 
 def manifests() -> str:
@@ -117,7 +122,7 @@ def _ceiling(records: Sequence[Record]) -> str:
     """What the captions' own scenes score."""
     opened = open_teacher(Teacher("bundled:shapes-sd"))
     real = evaluator_for(opened, next(r.n for r in records if r.metric == "fd")).ceiling()
-    return ", ".join(f"{metric} {real[metric]:.{digits}f}" for metric, digits in METRICS.items())
+    return ", ".join(f"{metric} {cell([real[metric]])}" for metric in METRICS)
 
 
 def pictures(given: Arguments, teacher: Teacher, recipes: Sequence[str]) -> None:

@@ -11,7 +11,9 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> _Any:
-    """``stepdistill.sample``, fetched when it is asked for: it takes seconds to import what it needs."""
+    """``stepdistill.sample`` and ``optimize``, fetched when asked for: it takes seconds to import what they need."""
     if name == "sample":
         return _importlib.import_module("stepdistill.generate").sample
+    if name == "optimize":
+        return _importlib.import_module("stepdistill.inference").optimize
     raise AttributeError(f"module 'stepdistill' has no attribute {name!r}")

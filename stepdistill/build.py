@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stepdistill import distributed
 from stepdistill.checkpoint import Checkpoints
-from stepdistill.data import Setting
+from stepdistill.data import Report, Setting
 from stepdistill.data.base import companions
 from stepdistill.lora_files import fuse_lora_file
 from stepdistill.models.denoiser import Denoiser, Guided, with_null
@@ -227,6 +227,8 @@ class Built:
 
     opened: Opened
     trainer: Trainer
+    report: Report
+    """What the data held and what of it was left out."""
 
 
 def build(
@@ -267,13 +269,16 @@ def build(
     add_averages(nets, ("ema", *recipe.objective.averages()))
     recompute(nets, recipe.placement.checkpointing)
 
-    setting = Setting(opened, nets.teacher, recipe.sampler, distributed.share(run.batch), run.seed, run.device, cache)
+    report = Report()
+    setting = Setting(
+        opened, nets.teacher, recipe.sampler, distributed.share(run.batch), run.seed, run.device, cache, report
+    )
     with visiting(opened.denoiser, run.device), distributed.main_first():  # some sources ask the teacher
         data = with_guidance(recipe.data.open(setting), recipe, opened)
     placed = place(nets, recipe.placement, run.device)
     optimizers = {name: spec.build(nets[name].parameters()) for name, spec in optim.items()}
     trainer = Trainer(nets, recipe.objective, optimizers, data, run, specs=optim, placed=placed, out=out)
-    return Built(opened, trainer)
+    return Built(opened, trainer, report)
 
 
 def new_student_of(recipe: Recipe, opened: Opened) -> Student:

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -22,21 +22,22 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from stepdistill import distributed
-from stepdistill.build import guided, open_teacher
+from stepdistill.bench.command import Bench, bench
+from stepdistill.bench.rows import recipe_of
 from stepdistill.data.prompts import read_prompts
-from stepdistill.distill import distill, evaluate_and_report, told
+from stepdistill.distill import distill, evaluate_and_report
 from stepdistill.doctor import CHECKS, QUICK, diagnose
-from stepdistill.evaluation.benchmark import bench_student, bench_teacher, check_judged, evaluator_for
 from stepdistill.evaluation.features import to_uint8
-from stepdistill.evaluation.records import brief_table, save_records
+from stepdistill.evaluation.records import brief_table
 from stepdistill.evaluation.report import save_grid
 from stepdistill.export import load_lines, load_student, stand_in
 from stepdistill.generate import folder_of, sample
+from stepdistill.inference import Parts
 from stepdistill.models.families import family_for
 from stepdistill.objective import Objective, registered
 from stepdistill.plan import plan
 from stepdistill.quickstart import quickstart
-from stepdistill.recipe import Evaluation, Recipe, Teacher, suggest
+from stepdistill.recipe import Recipe, suggest
 from stepdistill.recipes import bundled, find
 from stepdistill.student import Student
 
@@ -45,7 +46,7 @@ USAGE = """stepdistill: turn a pretrained diffusers pipeline into a one- to four
   stepdistill quickstart              distil the bundled digits teacher into one- and four-step generators
   stepdistill distill RECIPE [...]    run a recipe: a name under train/, a Python file, or a run's recipe.json
   stepdistill sample RUN [...]        draw samples from a run or an exported pipeline
-  stepdistill bench RUN ... [...]     measure students beside their teacher
+  stepdistill bench SUITE [...]       measure a teacher and its students; or name runs: bench RUN RUN ...
   stepdistill methods                 the objectives there are
   stepdistill plan RECIPE             what it will cost
   stepdistill doctor RUN              what is wrong with a run; exits with 1 if anything is
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         distributed.join()  # first of all, so that one of them says what is wrong
         COMMANDS[args[0]](args[1:])
     except KeyboardInterrupt:
-        goes_on = "; the same command goes on" if args[0] in ("quickstart", "distill") else ""
+        goes_on = "; the same command goes on" if args[0] in ("quickstart", "distill", "bench") else ""
         if distributed.is_main():
             print(f"stepdistill: interrupted{goes_on}", file=sys.stderr)
         sys.exit(130)
@@ -186,6 +187,12 @@ class Sample:
     """Steps; a student takes only what it was trained for, which is the default."""
     seed: int = 0
     """Of the noise."""
+    optimize: bool = False
+    """Sample by the few-step loop instead of the pipeline's own call: the same images to rounding, faster."""
+    parts: tuple[Literal["cache_text", "channels_last", "compile", "cuda_graph"], ...] | None = None
+    """What --optimize does besides; by default cache_text and channels_last. compile pays for many images only."""
+    tiny_decoder: str | None = None
+    """A folder or hub id of an AutoencoderTiny that --optimize decodes with."""
     out: Path = Path("samples.png")
     """Picture to write."""
 
@@ -198,6 +205,8 @@ def _sample(args: list[str]) -> None:
     if not 0 <= given.seed < 2**31:
         raise ValueError(f"--seed must lie in [0, 2^31); got {given.seed}")
     _check_writable(given.out)
+    if not given.optimize and (given.parts is not None or given.tiny_decoder is not None):
+        raise ValueError(f"--{'parts' if given.parts is not None else 'tiny-decoder'}: a part of --optimize; give both")
     draw = _draw_prompts if "text_encoder" in _index(folder) else _draw_classes
     images, columns, of = draw(given, folder)
     save_grid(given.out, images, columns=columns)
@@ -216,8 +225,12 @@ def _draw_classes(given: Sample, folder: Path) -> tuple[Tensor, int, str]:
         raise ValueError(f"--labels: {_null_label(folder)} is the null label, which stands for no class")
     n = given.rows * (len(columns) or 10)
     cond = family.cond(student.net, {"labels": torch.tensor(columns * given.rows)} if columns else {})
-    shape = (n, *family.sample_shape(pipeline, None))
     of = f" of classes {', '.join(map(str, columns))}" if columns else ""
+    if given.optimize:
+        wanted = columns * given.rows if columns else n
+        images = sample(folder, wanted, seed=given.seed, steps=given.steps, output="uint8", optimize=_parts(given))
+        return images.expand(-1, 3, -1, -1), len(columns) or 10, of
+    shape = (n, *family.sample_shape(pipeline, None))
     samples = student.sample(shape, cond, steps=given.steps, seed=given.seed)
     return to_uint8(samples), len(columns) or 10, of
 
@@ -230,15 +243,30 @@ def _draw_prompts(given: Sample, folder: Path) -> tuple[Tensor, int, str]:
         raise ValueError("--prompts and --prompts-file are both given; choose one")
     texts = read_prompts(given.prompts_file, "--prompts-file") if given.prompts_file else list(given.prompts)
     if not texts:
-        recipe = _recipe_of(given.source)
+        recipe = recipe_of(given.source)
         texts = recipe.data.captions(10) if recipe else []
     if not texts:
         raise ValueError(f'--prompts: {folder} takes prompts; give some, as in --prompts "a red circle"')
     made = sample(
-        folder, texts * given.rows, seed=given.seed, steps=given.steps, guidance=given.guidance, output="uint8"
+        folder,
+        texts * given.rows,
+        seed=given.seed,
+        steps=given.steps,
+        guidance=given.guidance,
+        output="uint8",
+        optimize=_parts(given),
     )
     images = made[:, made.shape[1] // 2] if made.ndim == 5 else made
     return images, len(texts), f" of {len(texts)} prompts"
+
+
+def _parts(given: Sample) -> bool | Parts:
+    if not given.optimize:
+        return False
+    if given.parts is None:
+        return Parts(tiny_decoder=given.tiny_decoder)
+    switched = {name: name in given.parts for name in ("cache_text", "channels_last", "compile", "cuda_graph")}
+    return Parts(**switched, tiny_decoder=given.tiny_decoder)
 
 
 def _index(folder: Path) -> dict[str, Any]:
@@ -252,14 +280,6 @@ def _index(folder: Path) -> dict[str, Any]:
     except ValueError as error:  # of the text or of its encoding
         raise ValueError(f"{folder / 'model_index.json'} is damaged ({error})") from error
     return index if isinstance(index, dict) else {}
-
-
-def _recipe_of(source: Path) -> Recipe | None:
-    """The recipe that made a run, or the pipeline folder of one; None where none is kept."""
-    for folder in (source, source.absolute().parent):
-        if (folder / "recipe.json").is_file():
-            return Recipe.load(folder / "recipe.json")
-    return None
 
 
 def _null_label(folder: Path) -> int | None:
@@ -279,75 +299,8 @@ def _check_writable(out: Path) -> None:
         raise ValueError(f"--out {out}: {out.parent} is a file; name a folder")
 
 
-@dataclass(frozen=True)
-class Bench:
-    """Measure students of a bundled teacher, digits or shapes, beside that teacher, on the same noise."""
-
-    sources: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories or pipeline folders."""
-    n: int | None = None
-    """Images per seed; by default as in the first run's recipe, or 5000."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Sampling seeds; two or more give error bars."""
-    teacher_steps: tuple[int, ...] = ()
-    """Step counts of the teacher; by default as in the first run's recipe, or 1 2 4 8 50."""
-    out: Path = Path("results.json")
-    """Records to write."""
-    json: bool = False
-    """Print the records instead of a table."""
-
-
 def _bench(args: list[str]) -> None:
-    given = _parse(Bench, args, "bench")
-    if not given.sources:
-        raise ValueError("bench: name at least one run directory or pipeline folder")
-    _plan(given, Evaluation())
-    _check_writable(given.out)
-    folders = [folder_of(source) for source in given.sources]
-    recipes = [_recipe_of(source) for source in given.sources]
-    teacher = _same_teacher(given.sources, recipes)
-    plan = _plan(given, (recipes[0] and recipes[0].evaluation) or Evaluation())
-    opened = open_teacher(teacher)
-    check_judged(opened)
-    students = [load_student(folder, opened=opened) for folder in folders]
-    evaluator = evaluator_for(opened, plan.n)
-    scale = told(teacher)
-    seen = guided(opened, teacher if scale is None else dataclasses.replace(teacher, guidance=scale))
-    records = bench_teacher(seen, opened, evaluator, plan.teacher_steps, plan.seeds)
-    for source, recipe, student in zip(given.sources, recipes, students, strict=True):
-        method = type(recipe.objective).__name__ if recipe else "distilled"
-        records += bench_student(student, opened, evaluator, plan.seeds, subject=str(source), method=method, told=scale)
-    save_records(given.out, records)
-    if given.json:
-        print(json_.dumps([dataclasses.asdict(r) for r in records], indent=2))
-    else:
-        print(brief_table(records))
-        print(f"wrote {given.out}")
-
-
-def _plan(given: Bench, default: Evaluation) -> Evaluation:
-    n = default.n if given.n is None else given.n
-    return Evaluation(n, given.seeds, given.teacher_steps or default.teacher_steps)
-
-
-def _same_teacher(sources: Sequence[Path], recipes: Sequence[Recipe | None]) -> Teacher:
-    """The teacher of all; where no recipe is kept, the bundled one of digits.
-
-    Raises:
-        ValueError: if there are two.
-    """
-    teachers = [recipe.teacher if recipe else Teacher("bundled:digits") for recipe in recipes]
-    for source, teacher in zip(sources, teachers, strict=True):
-        if teacher != teachers[0]:
-            raise ValueError(
-                f"bench: {sources[0]} and {source} have different teachers, {_named(teachers[0])} and "
-                f"{_named(teacher)}; measure them one after the other"
-            )
-    return teachers[0]
-
-
-def _named(teacher: Teacher) -> str:
-    return f"{teacher.source} at guidance {teacher.guidance_range or teacher.guidance}"
+    bench(_parse(Bench, args, "bench"))
 
 
 @dataclass(frozen=True)

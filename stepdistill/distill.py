@@ -33,6 +33,7 @@ from stepdistill.placement import sharded
 from stepdistill.recipe import Recipe, Teacher, encode
 from stepdistill.sampling import Ddim, Sampler, trailing
 from stepdistill.student import Student
+from stepdistill.validation import FILE, best_of, check_metric, read_lines, restore_best, validation_of
 
 PREVIEW_SEED = 1_000_003
 """Away from the seeds of evaluations."""
@@ -55,9 +56,9 @@ class Distilled:
 def distill(recipe: Recipe, out: Path, *, resume: bool = True) -> Distilled:
     """Run a recipe, its warm starts first, into ``out``; or go on with it there.
 
-    ``out`` gets recipe.json, metrics.jsonl, checkpoints/, samples/ and pipeline/, and a pipeline-Kstep/ for each
-    further number of steps that its student serves; warm starts get the same under ``out/stages/``, oldest first. A
-    finished stage is not run again.
+    ``out`` gets recipe.json, data.json, metrics.jsonl, checkpoints/, samples/ and pipeline/, and a pipeline-Kstep/ for
+    each further number of steps that its student serves; warm starts get the same under ``out/stages/``, oldest first.
+    A finished stage is not run again.
 
     Under a launcher (accelerate, torchrun) every process calls this alike, and ``out`` lies where all can read it.
 
@@ -92,10 +93,14 @@ def distill(recipe: Recipe, out: Path, *, resume: bool = True) -> Distilled:
         distributed.on_main(lambda folder=folder, stage=stage: write_recipe(folder, stage))
         if not (folder / "recipe.json").is_file():
             raise ValueError(f"--out {out}: not the same folder for all processes; name one that they share")
+        if distributed.is_main():
+            built.report.keep(folder / "data.json")
         nets = _train(built, stage, folder)
         if sharded(stage.placement) or stage.placement.offload:  # its network is in pieces, or elsewhere
             opened = open_teacher(recipe.teacher)
             nets = trained(stage, opened, folder)
+        distributed.wait()
+        restore_best(stage.evaluation, folder, nets.ema)
         student = nets.ema
         if distributed.is_main():
             export(nets, opened, stage, folder)
@@ -110,7 +115,9 @@ def _student_of(stages: list[Recipe], folders: list[Path], finished: int, opened
     # what is exported has no adapters any more, and no second time
     if (stage.student.form == "full" and not stage.objective.two_time) or finished == len(stages):
         return load_student(folder / "pipeline", opened=opened)
-    return trained(stage, opened, folder).ema
+    student = trained(stage, opened, folder).ema
+    restore_best(stage.evaluation, folder, student)
+    return student
 
 
 def check(recipe: Recipe, opened: Opened) -> None:
@@ -137,6 +144,9 @@ def check(recipe: Recipe, opened: Opened) -> None:
         new_discriminator(opened, recipe.heads, Nets({"teacher": teacher, "critic": opened.denoiser}))
     if recipe.evaluation is not None:
         check_judged(opened)
+        check_metric(recipe.evaluation.keep_best)
+        if recipe.evaluation.every and sharded(recipe.placement):
+            raise ValueError("evaluation.every: a sharded student is measured at the end only; let it be 0")
     d = opened.denoiser
     if recipe.objective.two_time:
         TwoTime(d.net)  # refuses networks that it cannot tell
@@ -207,6 +217,10 @@ def _train(built: Built, recipe: Recipe, folder: Path) -> Nets:
     trainer.resume()
     if recipe.run.health_every:
         trainer.health = health_of(opened, recipe, folder, trainer.index)
+    plan = recipe.evaluation
+    if plan is not None and plan.every:
+        at = {"steps": recipe.run.steps, "done": trainer.index}
+        trainer.watch = validation_of(plan, opened, folder, told=told(recipe.teacher), **at)
     trainer.fit()
     return trainer.nets
 
@@ -292,10 +306,10 @@ def side_by_side(
     grids = [_grid("teacher, 50 steps", teacher, Sampler(trailing(50), Ddim()), opened, shown)]
     for title, student in students:
         k = student.sampler.steps
-        name = f"teacher, {k} step{'s' if k > 1 else ''}"
-        if name not in [grid.title for grid in grids]:
-            grids.append(_grid(name, teacher, Sampler(trailing(k), Ddim()), opened, shown))
-        grids.append(_grid(title, student, student.sampler, opened, shown))
+        if k not in [grid.steps for grid in grids if grid.title == "teacher"]:
+            beside = _grid("teacher", teacher, Sampler(trailing(k), Ddim()), opened, shown)
+            grids.append(beside._replace(steps=k))
+        grids.append(_grid(title, student, student.sampler, opened, shown)._replace(steps=k))
     return grids
 
 
@@ -332,6 +346,10 @@ def evaluate_and_report(runs: Sequence[tuple[str, Recipe, Distilled]], out: Path
         add_figures(done.pipeline, [r for r in records if r.subject in ("teacher", name)], seen[-1] if seen else None)
     save_records(out / "results.json", records)
     ceiling = [f"{metric_info(k).label} {v:.3g} {metric_info(k).unit}".strip() for k, v in evaluator.ceiling().items()]
+    notes = [f"Real images, measured the same way: {', '.join(ceiling)}."] if ceiling else []
+    if plan.every and plan.keep_best:
+        best = best_of(read_lines(out / FILE), plan.keep_best)
+        notes.append(f"The student is that of step {best:,}, the best by {metric_info(plan.keep_best).label}.")
     students = [(name, done.student) for name, _, done in runs]
     write_report(
         out,
@@ -340,6 +358,7 @@ def evaluate_and_report(runs: Sequence[tuple[str, Recipe, Distilled]], out: Path
         grids=side_by_side(students, opened, teacher, to_show(opened, recipe.data, recipe.teacher)),
         curves=out / "metrics.jsonl",
         load_code=load_lines(first.pipeline),
-        notes=f"Real images, measured the same way: {', '.join(ceiling)}." if ceiling else "",
+        notes="\n\n".join(notes),
+        evaluations=out / FILE if (out / FILE).is_file() else None,
     )
     return records

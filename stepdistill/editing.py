@@ -123,13 +123,13 @@ def edit(decoder: Student | Guided, inverter: Inverter, x0: Tensor, source: Cond
             f"the student jumps from {list(student.sampler.times)} and the inverter to {list(inverter.edges)}; "
             "take two that were trained together"
         )
-    refuse_noise(student.sampler)
+    refuse_fresh_noise(student.sampler)
     if isinstance(decoder, Guided) and decoder.told:
         source = {**source, "guidance": x0.new_ones(len(x0))}
     return student.sampler.run(decoder, invert(inverter, x0, source), target, torch.Generator())
 
 
-def refuse_noise(sampler: Sampler) -> None:
+def refuse_fresh_noise(sampler: Sampler) -> None:
     """Noise drawn between steps would not be what a sample was inverted to.
 
     Raises:

@@ -25,7 +25,7 @@ from torch import nn
 
 from stepdistill.folders import read_json
 from stepdistill.model_card import absent_parts, loading_code
-from stepdistill.models.families.base import FAMILIES, Family, Opened, family_for
+from stepdistill.models.families.base import FAMILIES, Family, Opened, family_for, family_of
 from stepdistill.models.families.loading import load_networks
 from stepdistill.sampling import Ddim, Renoise, Sampler, StepRule, Tcd, trailing
 from stepdistill.schedule import DiscreteVP
@@ -83,20 +83,41 @@ def load_student(path: str | Path, *, opened: Opened | None = None) -> Student:
     family = family_for(net, scheduler)
     if family is None:
         raise ValueError(f"{path}: no family for this {net_class} under {type(scheduler).__name__}")
-    if isinstance(scheduler, TCDScheduler):
-        scheduler.alphas_cumprod = vp_table(scheduler)
-    schedule = family.schedule(scheduler)
     record = scheduler.config.get("_student")
-    times = trailing(steps) if record is None else tuple(record["times"])
-    found = stock_times(scheduler, schedule, steps, family.passes_sigmas)
-    if not np.allclose(found, times, rtol=1e-4, atol=1e-5):
-        raise ValueError(f"{path}: its scheduler yields the times {found}, not the trained {list(times)}; export again")
-    sampler = Sampler(times, _rule(scheduler, record or index))
-    student = Student(sampler, net.eval(), schedule, family.kind(scheduler), family.call(scheduler))
+    student = _student(net.eval(), family, scheduler, record or {"times": trailing(steps), **index}, str(path))
     if opened is not None:
         shape = family.sample_shape(stand_in(net, scheduler), None) if record is None else tuple(record["shape"])
         _check_teacher(path, student, family, shape, opened)
     return student
+
+
+def live_student(pipeline: DiffusionPipeline) -> Student:
+    """The student in a live pipeline, around the pipeline's own network.
+
+    Raises:
+        ValueError: if the pipeline is no exported student, or was given another scheduler since.
+    """
+    theirs = pipeline.scheduler
+    record, name = theirs.config.get("_student"), type(theirs).__name__
+    if record is None or name not in _SCHEDULERS:
+        raise ValueError(f"this {type(pipeline).__name__} is no exported student; export one with save_pipeline")
+    family = family_of(pipeline)
+    scheduler = _SCHEDULERS[name].from_config(theirs.config)  # its table is changed, and its timesteps are set
+    return _student(pipeline.components[family.module], family, scheduler, record, "this pipeline")
+
+
+def _student(net: nn.Module, family: Family, scheduler: SchedulerMixin, record: dict[str, Any], where: str) -> Student:
+    """A network under the sampler that its scheduler stands for; ``record`` has the trained times, and TCD's gamma."""
+    if isinstance(scheduler, TCDScheduler):
+        scheduler.alphas_cumprod = vp_table(scheduler)
+    schedule, times = family.schedule(scheduler), tuple(record["times"])
+    found = stock_times(scheduler, schedule, len(times), family.passes_sigmas)
+    if not np.allclose(found, times, rtol=1e-4, atol=1e-5):
+        raise ValueError(
+            f"{where}: its scheduler yields the times {found}, not the trained {list(times)}; export again"
+        )
+    sampler = Sampler(times, rule_of(scheduler, record))
+    return Student(sampler, net, schedule, family.kind(scheduler), family.call(scheduler))
 
 
 def _check_teacher(path: Path, student: Student, family: Family, shape: tuple[int, ...], opened: Opened) -> None:
@@ -146,12 +167,21 @@ def network_part(path: Path, index: dict[str, Any]) -> str:
     return found[0]
 
 
-def _rule(scheduler: SchedulerMixin, record: dict[str, Any]) -> StepRule:
+def rule_of(scheduler: SchedulerMixin, record: dict[str, Any]) -> StepRule:
+    """How a student's scheduler makes a step; ``record`` may hold TCD's gamma.
+
+    Raises:
+        ValueError: for a scheduler that no student has.
+    """
     if isinstance(scheduler, LCMScheduler | CMStochasticIterativeScheduler):
         return Renoise()
     if isinstance(scheduler, TCDScheduler):
         gamma = record.get("gamma")
         return Tcd(0.3 if gamma is None else gamma, scheduler.config.num_train_timesteps)  # 0.3: TCDScheduler.step's
+    if not isinstance(scheduler, tuple(_SCHEDULERS.values())):
+        raise ValueError(
+            f"{type(scheduler).__name__} is no student's scheduler; students have {', '.join(_SCHEDULERS)}"
+        )
     return Renoise() if scheduler.config.get("stochastic_sampling") else Ddim()
 
 

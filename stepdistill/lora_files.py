@@ -108,7 +108,7 @@ def read_lora(net: Adapted, source: str | Path) -> None:
         FileNotFoundError: if there is no such file.
         ValueError: if it is damaged, or of other adapters; names what differs.
     """
-    file = _find(Path(source))
+    file = find_lora(Path(source))
     state, header = _read(file)
     found = {key.split(".", 2 if key.startswith(_PEFT_PREFIX) else 1)[-1]: key for key in state}
     own = {key.replace("/", "."): key for key in net.state_dict()}
@@ -285,7 +285,7 @@ def fuse_lora_file(pipeline: DiffusionPipeline, source: str | Path, scale: float
         FileNotFoundError: if there is no such file.
         ValueError: if a key is not used, or a weight does not fit its layer; names the key.
     """
-    file = _find(Path(source))
+    file = find_lora(Path(source))
     state, header = _read(file)
     module = family_of(pipeline).module
     state = {_under(key, module, pipeline): value.float() for key, value in state.items()}
@@ -300,7 +300,13 @@ def fuse_lora_file(pipeline: DiffusionPipeline, source: str | Path, scale: float
         weight += scale * update
 
 
-def _find(source: Path) -> Path:
+def find_lora(source: Path) -> Path:
+    """The one LoRA file that ``source``, a file or a folder, stands for.
+
+    Raises:
+        FileNotFoundError: if there is none, or several.
+        ValueError: if it is no safetensors file.
+    """
     if source.is_dir():
         files = sorted(source.glob("*.safetensors"))
         named = [f for f in files if f.name in (DIFFUSERS_FILE, PEFT_FILE)]

@@ -200,6 +200,18 @@ class Objective(ABC):
             ValueError: naming both.
         """
 
+    def check_guidance(self, *, guided: bool, varies: bool, told: bool) -> None:  # noqa: B027 (most take any)
+        """Refuse guidance that does not go with this objective.
+
+        Args:
+            guided: the teacher's scale is not 1, or it varies.
+            varies: it is drawn for each sample.
+            told: the student has the scale as an input.
+
+        Raises:
+            ValueError: naming the fields.
+        """
+
     def serves(self, sampler: Sampler) -> tuple[Sampler, ...]:
         """All samplers that a student with this one is trained for: this one alone, unless a method says otherwise."""
         return (sampler,)

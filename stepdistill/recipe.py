@@ -126,7 +126,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is measured at the end of a run on the bundled digits, teacher and student on the same noise."""
+    """What is measured at the end of a run, teacher and student on the same noise, and at intervals on the way."""
 
     n: int = 5000
     """Images; Frechet distances of different n never compare."""
@@ -134,9 +134,22 @@ class Evaluation:
     """Sampling seeds; two or more give error bars."""
     teacher_steps: tuple[int, ...] = (1, 2, 4, 8, 50)
     """Step counts at which the teacher is shown beside the student."""
+    every: int = 0
+    """Training steps between evaluations of the averaged student, on noise of their own; 0 only at the end."""
+    keep_best: str = ""
+    """The metric by which the best of these evaluations becomes the run's student, fd say; empty takes the last."""
+    patience: int = 0
+    """Evaluations without a better ``keep_best`` after which training stops; 0 trains to the end."""
 
     def __post_init__(self) -> None:
         """Check ranges here: it is used only when all training is done."""
+        for name in ("every", "patience"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"evaluation.{name} must be at least 0; got {getattr(self, name)}")
+        if self.keep_best and not self.every:
+            raise ValueError(f"evaluation.keep_best {self.keep_best!r} needs evaluation.every, the steps in between")
+        if self.patience and not self.keep_best:
+            raise ValueError(f"evaluation.patience {self.patience} needs evaluation.keep_best, the metric to improve")
         if self.n <= NEIGHBOURS:
             raise ValueError(f"evaluation.n must be larger than {NEIGHBOURS}, the neighbours looked at; got {self.n}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or not all(0 <= s < 2**31 for s in self.seeds):
@@ -197,6 +210,9 @@ class Recipe:
                 f"teacher.guidance would be lost: {type(self.objective).__name__} never asks the guided teacher; use "
                 "guidance 1, or another objective"
             )
+        self.objective.check_guidance(
+            guided=guided, varies=self.teacher.guidance_range is not None, told=self.student.told_guidance
+        )
         if self.null_rate and guided:
             raise ValueError("null_rate keeps guidance for inference, so teacher.guidance must be 1, without a range")
         if self.null_rate and "path" in self.objective.data:

@@ -15,6 +15,7 @@ from typing import TypeVar
 from stepdistill.paths import project_dir
 from stepdistill.recipe import Recipe, suggest
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -23,7 +24,7 @@ def bundled() -> dict[str, Callable[..., Recipe]]:
     found: dict[str, Callable[..., Recipe]] = {}
     for path in sorted(project_dir("train").glob("*.py")):
         if "-> Recipe" in path.read_text():  # scripts that make teachers stand there too
-            found |= _recipes_in(_import(path))
+            found |= functions_in(import_file(path), Recipe)
     return found
 
 
@@ -49,7 +50,7 @@ def find(name: str) -> Recipe:
     elif path.suffix == ".json":
         return Recipe.load(path)
     else:
-        recipes = _recipes_in(_import(path))
+        recipes = functions_in(import_file(path), Recipe)
         if not function and len(recipes) > 1:
             raise ValueError(f"recipe {name!r}: choose one of {', '.join(f'{name}:{r}' for r in sorted(recipes))}")
         function = function or next(iter(recipes), "")
@@ -58,31 +59,36 @@ def find(name: str) -> Recipe:
     if function not in recipes:
         raise ValueError(f"recipe {function!r}: not known{suggest(function, recipes)}")
     if not steps:
-        return _run(recipes[function], f"recipe {name!r}")
+        return run_code(recipes[function], f"recipe {name!r}")
     if "steps" not in inspect.signature(recipes[function]).parameters or not steps.isdigit():
         serving = [r for r, f in recipes.items() if "steps" in inspect.signature(f).parameters]
         raise ValueError(
             f"recipe {name!r}: @ is followed by a number of steps, for {', '.join(serving) or 'none here'}"
         )
-    return _run(partial(recipes[function], steps=int(steps)), f"recipe {name!r}")
+    return run_code(partial(recipes[function], steps=int(steps)), f"recipe {name!r}")
 
 
-def _import(path: Path) -> ModuleType:
-    """The file as a module, run once: objectives in it are registered, and their types are found by module name."""
+def import_file(path: Path, what: str = "recipe") -> ModuleType:
+    """A file of recipes as a module, run once: objectives in it are registered, their types are found by module name.
+
+    Args:
+        path: the file.
+        what: what is in it, for errors.
+    """
     path = path.resolve()
     name = f"stepdistill_recipes_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         try:
-            _run(lambda: spec.loader.exec_module(module), f"recipe file {path}")
+            run_code(lambda: spec.loader.exec_module(module), f"{what} file {path}")
         except BaseException:
             del sys.modules[name]
             raise
     return sys.modules[name]
 
 
-def _run(code: Callable[[], T], what: str) -> T:
+def run_code(code: Callable[[], T], what: str) -> T:
     """Somebody's own code, whose mistakes are bad input and not ours."""
     try:
         return code()
@@ -91,13 +97,14 @@ def _run(code: Callable[[], T], what: str) -> T:
         raise ValueError(f"{what}: {kind}{error}") from error
 
 
-def _recipes_in(module: ModuleType) -> dict[str, Callable[..., Recipe]]:
+def functions_in(module: ModuleType, kind: type[K]) -> dict[str, Callable[..., K]]:
+    """The module's own functions that need no arguments and are declared to return ``kind``, by name."""
     return {
         name: function
         for name, function in vars(module).items()
         if inspect.isfunction(function)
         and not name.startswith("_")
         and function.__module__ == module.__name__
-        and function.__annotations__.get("return") in ("Recipe", Recipe)
+        and function.__annotations__.get("return") in (kind.__name__, kind)
         and all(p.default is not p.empty for p in inspect.signature(function).parameters.values())
     }

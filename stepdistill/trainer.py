@@ -103,6 +103,8 @@ class Trainer:
         self.preview = preview
         self.health: Callable[[Nets, int], Mapping[str, float]] | None = None
         """Called in all processes with the networks and the number of steps done; returns figures for trackers."""
+        self.watch: Callable[[torch.nn.Module, int], bool] | None = None
+        """Called with the averaged student and the steps done, before each step and at the end; True ends training."""
         self.averages = {"ema": run.ema, **objective.averages()}
         add_averages(nets, self.averages)
         self.part = Part(distributed.rank(), distributed.world(), distributed.share(run.batch))
@@ -124,6 +126,10 @@ class Trainer:
         logs: dict[str, Tensor] = {}
         seed, device, parts = self.run.seed, self.run.device, self.run.accumulate
         micro_batches = [(self._batch(index * parts + micro, micro), {}) for micro in range(parts)]
+        # averages move once a step, after the student's last turn
+        last = max(
+            (k for k, turn in enumerate(self.turns) if turn.due(index) and "student" in turn.moves), default=None
+        )
         for k, turn in enumerate(self.turns):
             if not turn.due(index):
                 continue
@@ -142,6 +148,10 @@ class Trainer:
             logs |= {f"{turn.name}/{term}": value for term, value in terms.items()}
             if moved:
                 self._move(turn, index)
+            if moved and k == last:
+                for name, decay in self.averages.items():
+                    with self.placed.awake(name):
+                        update_average(self.nets[name], self.nets.student, decay)
             self.placed.after_turn()
         return logs
 
@@ -179,17 +189,13 @@ class Trainer:
         return True
 
     def _move(self, turn: Turn, index: int) -> None:
-        """A step of the optimizers of those who move, and of the student's averages."""
+        """A step of the optimizers of those who move."""
         for name in turn.moves:
             if name in self.specs:
                 for group in self.optimizers[name].param_groups:
                     group["lr"] = self.specs[name].rate(index, self.run.steps)
             self.optimizers[name].step()
             self.optimizers[name].zero_grad(set_to_none=True)
-        if "student" in turn.moves:
-            for name, decay in self.averages.items():
-                with self.placed.awake(name):
-                    update_average(self.nets[name], self.nets.student, decay)
 
     def fit(self) -> None:
         """Train to ``run.steps``, from wherever the last checkpoint left off.
@@ -202,6 +208,8 @@ class Trainer:
         stopped = False
         with Progress(title, self.index, run.steps) as progress, _interrupts() as stop, self._writing():
             while self.index < run.steps and not stopped:
+                if self._watched():
+                    break
                 if due(self.index, run.health_every):
                     trackers.log(self._examined(), self.index)
                 logs = self.step(self.index)
@@ -223,6 +231,7 @@ class Trainer:
         trackers.close()
         if stopped:
             raise KeyboardInterrupt
+        self._watched()
         self._show()
 
     @contextmanager
@@ -244,6 +253,12 @@ class Trainer:
             figures = self.health(self.nets, self.index)
         self.placed.after_turn()
         return {f"health/{name}": value for name, value in figures.items()}
+
+    def _watched(self) -> bool:
+        if self.watch is None:
+            return False
+        with self.placed.awake("ema"):
+            return self.watch(self.nets.ema, self.index)
 
     def _show(self) -> None:
         if self.preview:

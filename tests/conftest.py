@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+
+if not torch.cuda.is_available():  # Triton's interpreter, which must be asked for before anything imports Triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from stepdistill.schedule import EDM, DiscreteVP, RectifiedFlow, Schedule, TrigFlow
 

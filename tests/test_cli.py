@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -72,8 +73,9 @@ Run = Callable[..., Ran]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """The command line within this process, in an empty working directory."""
+    """The command line within this process, in an empty working directory, with a cache of its own."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.parent / f"{tmp_path.name}-cache"))
 
     def command(*args: str | Path) -> Ran:
         capsys.readouterr()
@@ -221,7 +223,8 @@ def test_sample_takes_a_run_and_runs_none_of_its_code(run: Run, finished: Path, 
 
 def test_bench_writes_the_records_that_it_prints(run: Run, student: Path, tmp_path: Path) -> None:
     ran = run("bench", student, "--n", "64", "--seeds", "0", "1", "--teacher-steps", "1", "2", "--json")
-    records = load_records(tmp_path / "results.json")
+    records = load_records(tmp_path / "runs" / "bench-runs" / "results.json")
+    assert (tmp_path / "runs" / "bench-runs" / "report" / "index.html").is_file()
     assert ran.code == 0 and [row["value"] for row in json.loads(ran.out)] == [record.value for record in records]
     assert {(r.role, r.steps) for r in records} == {("teacher", 1), ("teacher", 2), ("student", 2)}
     fd = {(r.role, r.steps): r.value for r in records if r.metric == "fd"}
@@ -257,6 +260,16 @@ def test_sample_draws_prompts_by_the_stock_pipeline(run: Run, from_prompts: Path
     assert (tmp_path / "samples.png").read_bytes() == (tmp_path / "a.png").read_bytes()
 
 
+@pytest.mark.parametrize("parts", [(), ("--parts", "cache_text"), ("--parts", "channels_last")], ids=str)
+def test_sample_optimised_draws_the_same(parts: tuple[str, ...], run: Run, from_prompts: Path, student: Path) -> None:
+    """Pictures may differ by one level, where rounding falls the other way."""
+    for source, wanted in ((from_prompts, ("--prompts", "a cat", "a dog")), (student, ("--labels", "3", "1"))):
+        assert run("sample", source, *wanted, "--rows", "2", "--out", "a.png").code == 0
+        assert run("sample", source, *wanted, "--rows", "2", "--optimize", *parts, "--out", "b.png").code == 0
+        a, b = (np.asarray(Image.open(name), dtype=int) for name in ("a.png", "b.png"))
+        assert a.shape == b.shape and abs(a - b).max() <= 1
+
+
 def test_sample_takes_the_runs_own_prompts_by_default(run: Run, from_prompts: Path) -> None:
     assert run("sample", from_prompts).out == "wrote samples.png: 4 rows of 3 prompts\n"
     assert run("sample", from_prompts / "pipeline").out == "wrote samples.png: 4 rows of 3 prompts\n"
@@ -270,6 +283,11 @@ def test_sample_takes_the_runs_own_prompts_by_default(run: Run, from_prompts: Pa
         ("--prompts-file p.txt", "--prompts-file p.txt: no such file"),
         ("--prompts-file empty.txt", "--prompts-file empty.txt: no prompts in it"),
         ("--prompts a --steps 4", "steps 4: this student was trained for 2"),
+        ("--prompts a --steps 4 --optimize", "steps 4: this student was trained for 2"),
+        ("--prompts a --parts compile", "--parts: a part of --optimize; give both"),
+        ("--prompts a --tiny-decoder d", "--tiny-decoder: a part of --optimize; give both"),
+        ("--prompts a --optimize --tiny-decoder ./d", "tiny_decoder ./d: no folder or hub id of an AutoencoderTiny"),
+        ("--prompts a --optimize --parts cuda_graph", "cuda_graph: the pipeline is on cpu; move it to a GPU"),
     ],
 )
 def test_prompts_that_cannot_be_drawn_are_refused(
@@ -303,7 +321,8 @@ def test_bench_measures_students_of_one_teacher_that_can_be_judged(
 
 
 def test_bench_knows_a_runs_method(run: Run, finished: Path, tmp_path: Path) -> None:
-    assert run("bench", finished, "--n", "20", "--seeds", "0", "--teacher-steps", "2").code == 0
+    ran = run("bench", finished, "--n", "20", "--seeds", "0", "--teacher-steps", "2", "--out", "results.json")
+    assert ran.code == 0
     records = load_records(tmp_path / "results.json")
     assert {(r.role, r.method, r.n) for r in records} == {("teacher", "-", 20), ("student", "KD", 20)}
 
@@ -323,12 +342,14 @@ def test_bench_knows_a_runs_method(run: Run, finished: Path, tmp_path: Path) -> 
         (["distill", "broken.py"], "broken.py: SyntaxError"),
         (["distill", "--out", "x", "digits_kd"], "distill --out: the recipe comes first"),
         (["sample", "nowhere"], "nowhere: neither a run with a pipeline/ nor a pipeline folder"),
-        (["bench"], "bench: name at least one run directory"),
+        (["bench"], "bench: name a suite, or at least one run directory"),
+        (["bench", "digits_teachr"], "digits_teachr: neither a run .* did you mean 'digits_teacher'"),
         (["bench", "nowhere"], "nowhere: neither a run with a pipeline/ nor a pipeline folder"),
-        (["bench", "nowhere", "--n", "5"], "evaluation.n must be larger than 5"),
-        (["bench", "nowhere", "--seeds", "1", "1"], "evaluation.seeds must be different"),
-        (["bench", "nowhere", "--teacher-steps", "4", "0"], "evaluation.teacher_steps must be"),
-        (["bench", "nowhere", "--out", "."], "--out .: is a folder"),
+        (["bench", "digits_teacher", "--n", "5"], "n must be larger than 5"),
+        (["bench", "digits_teacher", "--seeds", "1", "1"], "seeds must be different"),
+        (["bench", "digits_teacher", "--teacher-steps", "4", "0"], "teacher_steps must be"),
+        (["bench", "digits_teacher", "--out", "broken.json/out"], "broken.json is no folder that can be written"),
+        (["bench", "digits_teacher", "--jobs", "0"], "--jobs must be at least 1"),
         (["quickstart", "--out", "broken.json"], "broken.json: is a file; name a folder"),
         (["quickstart", "--out", "used"], "used: there are other files already, and no recipe.json; name another"),
         (["quickstart", "--seed", "-1"], "run.seed must lie in"),

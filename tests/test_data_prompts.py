@@ -27,6 +27,7 @@ from stepdistill.data import (
     epochs,
     image_shape,
 )
+from stepdistill.data.rows import fitted, size_of
 from stepdistill.models.denoiser import Cond, Guided
 from stepdistill.models.families import Opened, open_pipeline
 from stepdistill.objective import Batch, Step
@@ -141,9 +142,12 @@ def test_files_are_taken_as_they_are_without_blank_lines(name: str, tmp_path: Pa
         ("a.txt", b"\n \n", "no prompts in it"),
         ("a.txt", b"ab\ncd\n\xff", "not UTF-8 at line 3, byte 6"),
         ("a.jsonl", b'{"prompt": "x"}\n{', r"a.jsonl, line 2: not JSON"),
-        ("a.jsonl", b'{"prompts": "x"}', "line 1: must be an object with a text as its prompt, text or caption"),
-        ("a.jsonl", b'\n{"text": 3}', "line 2: must be an object with a text"),
-        ("a.jsonl", b'["x"]', "line 1: must be an object"),
+        ("a.jsonl", b'{"prompts": "x"}', "line 1: missing column: no prompt, text or caption"),
+        ("a.jsonl", b'\n{"text": 3}', "line 2: caption is no text: 3"),
+        ("a.jsonl", b'["x"]', "line 1: no object: must be"),
+        ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
+        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "line 1: not JSON"),
+        ("a.jsonl", b'{"text": "\\ud800"}', "line 1: caption is no Unicode: lone surrogate at character 0"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*are blank")
@@ -177,7 +181,7 @@ def test_values_out_of_range_are_named(make: Callable[[], Data], said: str) -> N
     [
         Prompts("a.txt", memory=0.5),
         Prompts(prompts=("a", "b")),
-        Captioned("folder", "skip"),
+        Captioned("folder", on_bad="skip", buckets="sdxl"),
         ShapesData(10, 3),
         ShapesPrompts(10, 3, 0.5),
         TeacherPairs(10, solver=SOLVER, prompts=ShapesPrompts(5)),
@@ -268,7 +272,10 @@ def test_images_are_cropped_around_the_middle_turned_upright_and_laid_on_white(
     picture(tmp_path / "c.png", (0, 0, 0, 0), (20, 20), "RGBA")
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text("x")
-    for image in Captioned(str(tmp_path)).images((3, 16, 16)):
+    rows = Captioned(str(tmp_path)).rows(pytest.fail)
+    assert [size_of(row) for row in rows] == [(16, 64), (16, 64), (20, 20)]
+    for row in rows:
+        image = fitted(row.content(), (16, 16), 2.0)
         assert image.shape == (3, 16, 16) and image.dtype == torch.uint8 and int(image.min()) == 255
 
 
@@ -276,38 +283,47 @@ def test_latents_are_made_once_and_anew_when_a_file_changes(
     setting: Setting, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cached = setting._replace(cache=tmp_path / "cache")
+
+    def entries(kind: str) -> list[Path]:
+        return list((tmp_path / "cache").glob(f"entries/??/{kind}-*.entry"))
+
     first = pairs(Captioned(str(folder)).open(cached), 2)
     with monkeypatch.context() as patched:
-        patched.setattr(Captioned, "images", None)  # not to be called
+        patched.setattr(setting.opened.pipeline.vae, "encode", None)  # not to be called
         again = pairs(Captioned(str(folder)).open(cached), 2)
     assert torch.equal(again[0], first[0])
     picture(folder / "b.png", (9, 9, 9), (48, 21))
     changed = pairs(Captioned(str(folder)).open(cached), 2)
     assert not torch.equal(changed[0], first[0]) and torch.equal(changed[1], first[1])
+    assert len(entries("latents")) == 4
     other = open_pipeline(type(setting.opened.pipeline)(**setting.opened.pipeline.components))
     before = other.pipeline.vae.config.scaling_factor
     other.pipeline.vae.register_to_config(scaling_factor=before * 2)
     pairs(Captioned(str(folder)).open(cached._replace(opened=other)), 2)
     other.pipeline.vae.register_to_config(scaling_factor=before)
-    assert len(list((tmp_path / "cache").iterdir())) == 3
+    assert len(entries("latents")) == 7
 
 
 def test_images_that_cannot_be_used_stop_the_run_or_are_counted(setting: Setting, folder: Path, tmp_path: Path) -> None:
     (folder / "b.png").write_bytes((folder / "b.png").read_bytes()[:40])
-    with pytest.raises(ValueError, match=r"image \S*b.png cannot be used \(.*; .* set data.on_error to 'skip'"):
+    with pytest.raises(
+        ValueError, match=r"\S*b.png cannot be used \(damaged image: .*\); .* set data.on_bad to 'skip'"
+    ):
         Captioned(str(folder)).open(setting)
     (folder / "c.txt").unlink()
-    with pytest.raises(ValueError, match=r"image \S*c.png has no caption"):
-        Captioned(str(folder)).captions(1)
-    skipping, cached = Captioned(str(folder), "skip"), setting._replace(cache=tmp_path / "cache")
-    with pytest.warns(UserWarning, match=r"2 of 3 images cannot be used and are left out, the first is b.png \("):
+    with pytest.raises(ValueError, match=r"\S*c.png cannot be used \(no caption\)"):
+        Captioned(str(folder)).open(setting)
+    skipping, cached = Captioned(str(folder), on_bad="skip"), setting._replace(cache=tmp_path / "cache")
+    with pytest.warns(
+        UserWarning, match=r"Captioned: 2 of 3 rows cannot be used and are left out \(1 no caption, 1 damaged image\)"
+    ):
         _, prompt = pairs(skipping.open(cached), 1)
     expected = setting.opened.encode(["picture a"] * 3)["prompt"]
     assert_close(prompt, expected, rtol=0, atol=1e-5)
     _, again = pairs(skipping.open(cached), 1)
     assert torch.equal(again, prompt) and skipping.captions(5) == ["picture a", "picture b"]
     (folder / "a.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"no image can be used, the first is a\.png"):
+    with pytest.raises(ValueError, match=r"no row can be used; the first: \S*c.png \(no caption\)"):
         skipping.open(setting)
 
 
@@ -315,10 +331,13 @@ def test_images_that_cannot_be_used_stop_the_run_or_are_counted(setting: Setting
     ("content", "said"),
     [
         (None, "no images with captions there"),
-        (b'{"file_name": "a.png"}', "metadata.jsonl, line 1: must be an object with a text"),
-        (b'\n{"text": "x"}', "metadata.jsonl, line 2: no file_name"),
-        (b'{"file_name": "no.png", "text": "x"}', r"no.png cannot be used \(.*No such file"),
-        (b'{"file_name": "a.png", "text": ""}', r"a.png has no caption"),
+        (
+            b'{"file_name": "a.png"}',
+            "metadata.jsonl, line 1 cannot be used .missing column: no prompt, text or caption",
+        ),
+        (b'\n{"text": "x"}', "metadata.jsonl, line 2 cannot be used .missing column: no file_name"),
+        (b'{"file_name": "no.png", "text": "x"}', r"no.png cannot be used \(missing image: no such file"),
+        (b'{"file_name": "a.png", "text": ""}', r"a.png cannot be used \(no caption\)"),
         (b"\xff", "metadata.jsonl: not UTF-8 at line 1"),
     ],
 )
@@ -345,7 +364,7 @@ def test_scenes_are_encoded_with_their_captions(tmp_path: Path) -> None:
     texts = shapes.captions(scenes.attributes, 3).texts
     same(batch.cond, small.encode([texts[i] for i in rows.tolist()]))
     assert torch.equal(again.x0, batch.x0)
-    with pytest.raises(ValueError, match="images of 32x32; the teacher makes"):
+    with pytest.raises(ValueError, match=r"images of 32x32; the teacher makes \[16, 16\]"):
         data.open(setting._replace(opened=open_pipeline(sd.pipeline()), cache=None))
 
 
@@ -383,7 +402,7 @@ def test_what_changes_trajectories_of_prompts_changes_the_cache(setting: Setting
     data.open(setting._replace(sampler=Sampler(trailing(2))))
     negative = open_pipeline(setting.opened.pipeline, negative="blurry")
     data.open(setting._replace(opened=negative, teacher=Guided(negative.denoiser, 2.0, negative.null)))
-    assert len(list(tmp_path.iterdir())) == 5
+    assert len(list(tmp_path.glob("*.safetensors"))) == 5
 
 
 def test_recipes_take_prompts_where_no_images_are_needed() -> None:

@@ -144,7 +144,7 @@ def test_pictures_are_compared_at_equal_steps_and_noise(chain: Path, opened: Ope
     student = load_student(chain / "pipeline")
     student.net.load_state_dict(opened.denoiser.net.state_dict())  # then it is the teacher in one step
     grids = side_by_side([("student", student)], opened, Guided(opened.denoiser))
-    assert [grid.title for grid in grids] == ["teacher, 50 steps", "teacher, 1 step", "student"]
+    assert [(grid.title, grid.steps) for grid in grids] == [("teacher, 50 steps", None), ("teacher", 1), ("student", 1)]
     assert torch.equal(grids[1].images, grids[2].images)
     assert not torch.equal(grids[0].images, grids[1].images)
 

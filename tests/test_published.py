@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import statistics
 from pathlib import Path
 
 import pytest
 
-from stepdistill.evaluation.records import load_records
+from stepdistill.evaluation.records import format_value, load_records, mean_and_ci95
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,17 +19,17 @@ def rows(name: str) -> list[list[str]]:
     return [[c.strip() for c in line.strip("|").split("|")] for line in block.splitlines() if line.startswith("|")][2:]
 
 
-def test_the_results_table_holds_medians_of_the_records() -> None:
+def test_the_results_table_holds_the_records() -> None:
     values: dict[tuple[str, str, str], list[float]] = {}
     for r in load_records(ROOT / "eval" / "digits" / "results.json"):
         values.setdefault((r.subject.split(" #")[0], str(r.steps), r.metric), []).append(r.value)
     table = rows("table")
     assert len(table) >= 10
     for subject, steps, _, seeds, fd, pix, precision, *_ in table:
-        for metric, cell, digits in (("fd", fd, 3), ("pix", pix, 3), ("precision", precision, 1)):
+        for metric, cell in (("fd", fd), ("pix", pix), ("precision", precision)):
             stored = values[subject, steps, metric]
             assert len(stored) == int(seeds)
-            assert cell.split()[0] == f"{statistics.median(stored):.{digits}f}"
+            assert cell == format_value(*mean_and_ci95(stored))
 
 
 def test_students_have_at_least_three_training_seeds() -> None:
@@ -39,17 +38,17 @@ def test_students_have_at_least_three_training_seeds() -> None:
 
 
 @pytest.mark.parametrize("teacher", ["sd", "sd3"])
-def test_the_shapes_tables_hold_medians_of_the_records(teacher: str) -> None:
+def test_the_shapes_tables_hold_the_records(teacher: str) -> None:
     values: dict[tuple[str, str, str], list[float]] = {}
     for r in load_records(ROOT / "eval" / "shapes" / f"{teacher}.json"):
         values.setdefault((r.subject.split(" #")[0], str(r.steps), r.metric), []).append(r.value)
     table = rows(f"shapes-{teacher}")
     assert len(table) >= 6
     for subject, steps, _, seeds, alignment, fd, *_ in table:
-        for metric, cell, digits in (("alignment", alignment, 1), ("fd", fd, 2)):
+        for metric, cell in (("alignment", alignment), ("fd", fd)):
             stored = values[subject, steps, metric]
             assert len(stored) == int(seeds)
-            assert cell.split()[0] == f"{statistics.median(stored):.{digits}f}"
+            assert cell == format_value(*mean_and_ci95(stored))
 
 
 def test_the_table_of_negative_prompts_holds_the_records() -> None:
@@ -85,3 +84,19 @@ def test_the_overhead_table_holds_the_records() -> None:
     assert len(table) == len(stored) > 0
     for row, cells in zip(stored, table, strict=True):
         assert cells[0] == row["recipe"] and float(cells[5]) == round(row["ratio"], 3)
+
+
+def test_the_throughput_of_a_bench_is_that_of_its_sampler() -> None:
+    rows = json.loads((ROOT / "eval" / "throughput.json").read_text())["rows"]
+    assert rows and all(row["ratio"] >= 0.95 for row in rows)
+
+
+def test_the_latency_table_holds_the_records() -> None:
+    stored = json.loads((ROOT / "eval" / "latency.json").read_text())["rows"]
+    table = rows("latency")
+    assert len(table) == len(stored) > 0
+    for row, cells in zip(stored, table, strict=True):
+        assert cells[:4] == [row["student"], str(row["steps"]), str(row["batch"]), row["compile"]]
+        assert cells[4:6] == [f"{row[k]['p50']:.1f} ({row[k]['p95']:.1f})" for k in ("diffusers", "ours")]
+        ratios = [row["speedup"], row["speedup_new_prompts"], row["over_bare"], row["diffusers_over_bare"]]
+        assert [float(cell) for cell in cells[6:]] == [round(r, d) for r, d in zip(ratios, (2, 2, 3, 2), strict=True)]

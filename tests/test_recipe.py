@@ -13,13 +13,29 @@ import pytest
 from stepdistill import objective, recipes
 from stepdistill.data import DigitsData, Labels, TeacherPairs
 from stepdistill.functional.distances import Huber
-from stepdistill.objectives import CD, DMD2, ICT, KD, LADD, SCM, SNOOPI, TSCD, VSD, MeanFlow, TwinFlow
+from stepdistill.objectives import (
+    CD,
+    DMD2,
+    ICD,
+    ICT,
+    KD,
+    LADD,
+    LCM,
+    PCM,
+    SCM,
+    SNOOPI,
+    TSCD,
+    VSD,
+    GuidedDistillation,
+    MeanFlow,
+    TwinFlow,
+)
 from stepdistill.parts.discretisation import Doubling
 from stepdistill.parts.gan import Gan
 from stepdistill.parts.rollout import BackwardSim, OneStep
 from stepdistill.parts.segments import Segments
 from stepdistill.parts.times import LogitNormal, LogNormal
-from stepdistill.recipe import Evaluation, Heads, Recipe, Teacher, decode, encode, suggest
+from stepdistill.recipe import Evaluation, Heads, Recipe, Teacher, Weights, decode, encode, suggest
 from stepdistill.recipes import find
 from stepdistill.sampling import Ddim, DpmPP2M, Heun, Renoise, Sampler, StepRule, Tcd, trailing
 from stepdistill.trainer import AdamW, Run
@@ -242,7 +258,12 @@ def test_a_switched_off_discriminator_may_keep_its_optimizer() -> None:
         (LADD(OneStep()), DigitsData(), Sampler(trailing(2)), "OneStep trains the first of the sampler's 2"),
         (KD(), TeacherPairs(), Sampler(trailing(4), Renoise()), "KD trains jumps"),
         (TSCD(), DigitsData(), Sampler(trailing(4), Renoise()), "does not jump from edge to edge"),
-        (CD(grid_end=8), DigitsData(), Sampler(trailing(3), Renoise()), "no point of the grid of 8 intervals"),
+        (
+            CD(intervals=Doubling(4, 8)),
+            DigitsData(),
+            Sampler(trailing(3), Renoise()),
+            "no point of the grid of 8 intervals",
+        ),
     ],
 )
 def test_a_sampler_that_the_objective_does_not_train_is_refused(
@@ -255,10 +276,41 @@ def test_a_sampler_that_the_objective_does_not_train_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("objective", "teacher", "line"),
+    [
+        (GuidedDistillation(), TEACHER, "teacher.guidance 1 leaves guided distillation nothing to learn"),
+        (
+            VSD(null_rate=0.0),
+            replace(TEACHER, guidance=4.0),
+            "null_rate 0: a guided critic must know the null condition",
+        ),
+        (SNOOPI(), replace(TEACHER, guidance_range=(1.0, 4.0)), "SNOOPI draws guidance itself"),
+        (ICD(), replace(TEACHER, guidance_range=(1.0, 4.0)), "inverter undoes one scale"),
+    ],
+)
+def test_guidance_that_does_not_go_with_the_objective_is_refused(objective: Any, teacher: Teacher, line: str) -> None:
+    movers = {name for turn in objective.turns() for name in turn.moves}
+    optim = {name: AdamW() for name in movers}
+    with pytest.raises(ValueError, match=line):
+        Recipe(teacher, objective, DigitsData(), optim)
+
+
+def test_a_told_student_may_be_invertible_at_all_scales() -> None:
+    teacher, told = replace(TEACHER, guidance_range=(1.0, 4.0)), Weights(told_guidance=True)
+    Recipe(teacher, ICD(), DigitsData(), {"student": AdamW(), "inverter": AdamW()}, student=told)
+
+
+@pytest.mark.parametrize("objective", [LCM(), PCM(), TSCD(), ICD()], ids=lambda objective: type(objective).__name__)
+def test_objectives_as_they_come_serve_four_even_steps(objective: Any) -> None:
+    rule = Renoise() if isinstance(objective, LCM) else Ddim()
+    objective.check(Sampler(trailing(4), rule))
+
+
+@pytest.mark.parametrize(
     "make",
     [
-        lambda: CD(grid_start=0),
-        lambda: CD(grid_start=16, grid_end=8),
+        lambda: CD(intervals=Doubling(0, 8)),
+        lambda: CD(intervals=Doubling(16, 8)),
         lambda: CD(target_decay=2.0),
         lambda: TSCD(to_edge=1.5),
         lambda: Gan(weight=-1.0),

@@ -9,6 +9,7 @@ from stepdistill.data import Data, ShapesData, ShapesPrompts, TeacherPairs
 from stepdistill.functional.distances import Huber
 from stepdistill.objective import Objective
 from stepdistill.objectives import CD, DMD2, KD, TSCD
+from stepdistill.parts.discretisation import Doubling
 from stepdistill.parts.gan import Gan
 from stepdistill.parts.rollout import BackwardSim, OneStep
 from stepdistill.parts.segments import Segments
@@ -111,7 +112,7 @@ def shapes_sd_shared() -> Recipe:
 
 def shapes_sd_cd() -> Recipe:
     """SD teacher, consistency distillation: four steps with fresh noise between."""
-    objective = CD(grid_start=8, grid_end=16, grow_until=400)
+    objective = CD(intervals=Doubling(8, 16, 400))
     return _on_shapes("shapes-sd", objective, SCENES, {"student": STUDENT}, 800, Sampler(trailing(4), Renoise()))
 
 

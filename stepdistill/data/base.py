@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stepdistill.checkpoint import write_atomically
+from stepdistill.data.report import Report
 from stepdistill.models.denoiser import Cond, Guided
 from stepdistill.models.families import Opened
 from stepdistill.models.lora import bare_state
@@ -26,6 +23,10 @@ from stepdistill.sampling import Sampler
 
 MEMORY = 1.0
 """GB that a table may take on the run's device unless a source says otherwise."""
+
+
+CACHE_GB = 50.0
+"""GB that a cache on disk may take unless a source says otherwise."""
 
 
 class Setting(NamedTuple):
@@ -38,6 +39,7 @@ class Setting(NamedTuple):
     seed: int
     device: str
     cache: Path | None  # folder for what is costly to make; None keeps it in memory
+    report: Report | None = None  # takes down what the data held and what was left out
 
 
 @dataclass(frozen=True)
@@ -115,32 +117,6 @@ def placed(table: Tensor, device: torch.device | str, memory: float = MEMORY) ->
     return lambda rows: kept[rows].to(device)
 
 
-def cached(
-    folder: Path | None, kind: str, key: str, names: Sequence[str], make: Callable[[], dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """What ``make`` returns, made once and kept as ``folder/KIND-HASH.safetensors``; a damaged file is made anew.
-
-    Args:
-        folder: the run's cache; None keeps nothing.
-        kind: beginning of the file's name.
-        key: everything that the tensors depend on; hashed.
-        names: of the tensors.
-        make: makes them.
-    """
-    if folder is None:
-        return make()
-    path = folder / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-    if path.is_file():
-        try:
-            stored = load_file(path)
-            return {name: stored[name] for name in names}
-        except (SafetensorError, KeyError) as error:
-            warnings.warn(f"{path} is damaged ({error}) and is made anew", stacklevel=2)
-    tensors = make()
-    write_atomically(path, lambda p: save_file({k: v.contiguous() for k, v in tensors.items()}, p))
-    return tensors
-
-
 def companions(opened: Opened) -> dict[str, nn.Module]:
     """The pipeline's networks but the denoising one: text encoders, and ``vae`` where there is one."""
     parts = opened.pipeline.components.items()
@@ -167,5 +143,6 @@ def weights_hash(*nets: nn.Module) -> str:
     for net in nets:
         for name, value in bare_state(net).items():
             digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+            raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # numpy has no bfloat16
+            digest.update(raw.numpy().data)
     return digest.hexdigest()

@@ -1,37 +1,53 @@
-"""Images with captions: a folder of your own, or made-up scenes; encoded to latents once."""
+"""Images with captions or classes: rows of any source to batches, encoded once, each batch of one size."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
-import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
-from torch import Tensor
 
 from stepdistill import shapes
-from stepdistill.data.base import MEMORY, Data, Setting, cached, companions, epochs, lent, placed, weights_hash
-from stepdistill.data.prompts import check_made_up, encoded, read_utf8, text_of
-from stepdistill.logging import Progress
+from stepdistill.data.base import CACHE_GB, MEMORY, Data, Setting, companions, epochs, lent, placed, to_device
+from stepdistill.data.buckets import SDXL, generated, nearest, taken_in_turn
+from stepdistill.data.cache import Store, store_in
+from stepdistill.data.classes import class_cond
+from stepdistill.data.encoding import Latents, Texts, encoded
+from stepdistill.data.prompts import check_made_up
+from stepdistill.data.report import Bad, Report, printable
+from stepdistill.data.rows import Row, check_size, checked_text, size_of
+from stepdistill.models.denoiser import Cond
 from stepdistill.models.families import Opened
+from stepdistill.models.families.base import Size
 from stepdistill.objective import Batch, Step
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-PIXELS_AT_ONCE = 2**22
-"""Of images that the autoencoder takes together, at most 64."""
+FACTORS = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Pixels along a side of one number of a sample."""
+
+
+class AllBad(ValueError):
+    """Not one row can be used."""
+
+
+Told = Callable[[str, Bad], None]
+"""What is done about a bad row, by its name: it raises, or takes it down."""
 
 
 @torch.no_grad()
 def image_shape(opened: Opened) -> tuple[int, ...]:
-    """Shape of one decoded sample: (C, H, W), or (C, T, H, W) of a video."""
+    """Shape of one decoded sample: (C, H, W), or (C, T, H, W) of a video, for which one is decoded."""
+    vae, sides = companions(opened).get("vae"), opened.sample_shape[1:]
+    if vae is None:
+        return opened.sample_shape
+    for size in ((sides[0] * factor, sides[1] * factor) for factor in FACTORS if len(sides) == 2):
+        with suppress(ValueError):  # not this factor
+            if opened.family.sample_shape(opened.pipeline, size) == opened.sample_shape:
+                return vae.config.get("in_channels", 3), *size
     like = next(opened.denoiser.net.parameters())
     with lent(opened, like.device, vae=True):
         return tuple(opened.decode(torch.zeros(1, *opened.sample_shape, device=like.device)).shape[1:])
@@ -39,186 +55,224 @@ def image_shape(opened: Opened) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class ImageSource(Data):
-    """Images and their captions: all of them once an epoch, in a new order each time."""
+    """Images with their captions or classes: all of them once an epoch, in a new order each time."""
 
     provides = frozenset({"x0"})
 
     memory: float = field(default=MEMORY, kw_only=True)
-    """GB that latents, and again encoded captions, may take on the run's device; see ``PromptSource``."""
+    """GB that latents, and again encoded captions, may take on the run's device. Within it all are encoded before
+    training; beyond it batch by batch, or read from the cache, and the encoders go to the device when it misses."""
+    cache: str = field(default="", kw_only=True)
+    """Folder that keeps latents and encoded captions; runs and processes may share one. Empty is the run's own."""
+    cache_gb: float = field(default=CACHE_GB, kw_only=True)
+    """GB that it may take; what was used longest ago leaves first."""
+    on_bad: Literal["error", "skip"] = field(default="error", kw_only=True)
+    """What to do about a row that cannot be used (damaged, missing or too small an image, no caption): stop, or leave
+    it out and say how many, in the log and in data.json. Beyond ``memory`` damaged images are found as they come."""
+    enlarge: float = field(default=2.0, kw_only=True)
+    """Factor up to which an image may be enlarged to fill its size; one that needs more is too small."""
+    buckets: Literal["none", "generated", "sdxl"] = field(default="none", kw_only=True)
+    """Sizes of images: the teacher's alone; or buckets of about as many pixels and several aspect ratios, each batch
+    of one, or SDXL's own table."""
+    bucket_step: int = field(default=64, kw_only=True)
+    """Sides of generated buckets are multiples of it."""
+    aspect: float = field(default=2.0, kw_only=True)
+    """Largest ratio of sides of generated buckets."""
 
     def __post_init__(self) -> None:
-        """Check the range."""
-        if not self.memory >= 0:
-            raise ValueError(f"data.memory must be at least 0; got {self.memory}")
+        """Check ranges."""
+        for name in ("memory", "cache_gb"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"data.{name} must be at least 0; got {getattr(self, name)}")
+        if not 1 <= self.enlarge < math.inf:
+            raise ValueError(f"data.enlarge must be at least 1; got {self.enlarge}")
+        if self.bucket_step < 1:
+            raise ValueError(f"data.bucket_step must be at least 1; got {self.bucket_step}")
+        if not 1 <= self.aspect < math.inf:
+            raise ValueError(f"data.aspect must be at least 1; got {self.aspect}")
 
     @abstractmethod
-    def texts(self) -> list[str]:
-        """Captions of all images, in the images' order; empty for those that ``images`` leaves out."""
+    def rows(self, bad: Told) -> Sequence[Row]:
+        """All rows, no image of them opened; ``bad`` is told the names of those that cannot even be listed.
 
-    @abstractmethod
-    def key(self) -> str:
-        """What the images depend on, for the cache."""
-
-    @abstractmethod
-    def images(self, size: tuple[int, ...]) -> Iterator[Tensor | None]:
-        """All images in order, uint8 (3, H, W) of that size; None for one to leave out."""
+        Raises:
+            ValueError: in one line, if there is nothing there.
+        """
 
     def captions(self, n: int) -> list[str]:
         """See ``Data``."""
-        return [text for text in self.texts() if text][:n]
+        rows = self.rows(self._told(Report()))
+        return [text for row in rows[: 10 * n] if (text := row.text)][:n]
 
     def open(self, setting: Setting) -> Callable[[Step], Batch]:
         """See ``Data``."""
-        texts = self.texts()
-        stored = self._latents(setting, len(texts))
-        latents, texts = stored["latents"], [texts[i] for i in stored["rows"].tolist()]
-        cond_of, x0_of = encoded(texts, setting, self.memory), placed(latents, setting.device, self.memory)
-        rows_of = epochs(len(latents), setting.batch, setting.seed)
-        shape = (setting.batch, *latents.shape[1:])
+        report, store = setting.report or Report(), store_in(self.cache, self.cache_gb, setting.cache)
+        told, sizes = self._told(report), self._sizes(setting.opened)
+        rows = self.rows(told)
+        total = len(rows) + report.skipped
+        shelves: dict[Size, list[Row]] = {}
+        for row in rows:
+            try:
+                check_caption(row)
+                size = sizes[0]
+                if len(sizes) > 1:
+                    size = nearest(size_of(row), sizes)
+                    check_size(size_of(row), size, self.enlarge)
+                shelves.setdefault(size, []).append(row)
+            except Bad as problem:
+                told(row.name, problem)
+        filled = [self._shelf(shelves[size], size, setting, store, told) for size in sorted(shelves)]
+        served = [shelf for shelf in filled if shelf is not None]
+        if not served:
+            raise ValueError(f"data {type(self).__name__}: no row can be used; the first: {report.first()}")
+        report.opened(type(self).__name__, total)
+        turn = taken_in_turn([count for count, _ in served], setting.batch, setting.seed)
+
+        empty: set[int] = set()  # buckets of bad rows alone, which nobody knows of beforehand beyond ``memory``
 
         def batch(step: Step) -> Batch:
-            rows = rows_of(step.index)
-            return Batch(cond_of(rows), shape, x0=x0_of(rows))
+            first, number = turn(step.index)
+            for bucket in ((first + i) % len(served) for i in range(len(served))):
+                try:
+                    if bucket not in empty:
+                        return served[bucket][1](number)
+                except AllBad:
+                    empty.add(bucket)
+                finally:
+                    report.tell()
+            raise AllBad(f"data {type(self).__name__}: no row can be used; the first: {report.first()}")
 
         return batch
 
-    def _latents(self, setting: Setting, count: int) -> dict[str, Tensor]:
-        """``latents`` (N, ...), the posterior's modes, and ``rows`` (N,), the numbers of their images."""
-        opened = setting.opened
-        size = image_shape(opened)
-        if len(size) != 3 or size[0] != 3:
-            raise ValueError(f"data {type(self).__name__} holds images in colour; the teacher makes {size}")
-        vae = companions(opened).get("vae")
-        law = {} if vae is None else {k: v for k, v in vae.config.items() if not k.startswith("_")}
-        weights = "" if vae is None else weights_hash(vae)
+    def _shelf(
+        self, rows: list[Row], size: Size, setting: Setting, store: Store | None, told: Told
+    ) -> tuple[int, Callable[[int], Batch]] | None:
+        """Rows of one size: how many there are, and their batch by its number. None if no row can be used."""
+        latents = Latents(setting, store, size, lambda row, problem: told(row.name, problem), self.enlarge)
+        shape = setting.opened.family.sample_shape(setting.opened.pipeline, size)
+        if len(rows) * math.prod(shape) * 4 > self.memory * 1e9:
+            walk = walked(len(rows), setting.seed)
+            most = setting.batch + 2 * len(rows)  # all of them, wherever in an epoch one begins
+            return len(rows), self.batch_by_batch(lambda i: rows[walk(i)], size, setting, store, told, most)
+        found = latents.all(rows, latents.at_once)
+        if not found.members:
+            return None
+        rows = [rows[i] for i in found.members]
+        cond_of = self._conditions(rows, size, setting, store)
+        x0_of = placed(found.tensors["latents"], setting.device, self.memory)
+        rows_of = epochs(len(rows), setting.batch, setting.seed)
 
-        def make() -> dict[str, Tensor]:
-            at_once = max(1, min(64, PIXELS_AT_ONCE // math.prod(size[1:])))
-            latents, rows, waiting = [], [], []
+        def batch(number: int) -> Batch:
+            picked = rows_of(number)
+            return Batch(cond_of(picked), (setting.batch, *shape), x0=x0_of(picked))
 
-            def flush() -> None:
-                if waiting:
-                    part = torch.stack(waiting).to(setting.device).float() / 127.5 - 1
-                    latents.append(opened.to_latents(part).cpu())
-                    waiting.clear()
+        return len(rows), batch
 
-            with lent(opened, setting.device, vae=True), Progress("encoding images", 0, count) as progress:
-                for row, image in enumerate(self.images(size)):
-                    if image is not None:
-                        rows.append(row)
-                        waiting.append(image)
-                    if len(waiting) == at_once:
-                        flush()
-                    progress.advance()
-                flush()
-            return {"latents": torch.cat(latents), "rows": torch.tensor(rows)}
+    def batch_by_batch(
+        self,
+        row_at: Callable[[int], Row],
+        size: Size,
+        setting: Setting,
+        store: Store | None,
+        told: Told,
+        most: int,
+    ) -> Callable[[int], Batch]:
+        """Batches by number, encoded when they are asked for: batch k is made of rows k B, ..., k B + B - 1.
 
-        key = f"{self.key()} {size} {sorted(law.items(), key=lambda item: item[0])} {weights}"
-        return cached(setting.cache, "latents", key, ("latents", "rows"), make)
+        In place of a bad row comes the first good one behind the batch, which has its own turn besides: so a batch
+        depends on its number and the data alone, and not on what was seen before. A batch for which ``most`` rows do
+        not do raises AllBad.
+        """
+        latents = Latents(setting, store, size, lambda row, problem: told(row.name, problem), self.enlarge)
+        texts = Texts(setting, store, size, lambda text, problem: None)
+        n = setting.batch
 
+        def batch(number: int) -> Batch:
+            at, rows, parts = number * n, [], []
+            while len(rows) < n:
+                group = [row_at(at + i) for i in range(n - len(rows))]
+                at += len(group)
+                if at - number * n > max(most, n):
+                    raise AllBad(f"data {type(self).__name__}: among {most} rows there are not {n} that can be used")
+                group = [row for row in group if is_captioned(row, told)]
+                found = latents(group)
+                if found.members:
+                    parts.append(found.tensors["latents"])
+                    rows += [group[i] for i in found.members]
+            x0 = torch.cat(parts).to(setting.device)
+            labels = [row.label for row in rows if row.label is not None]
+            cond = class_cond(setting.opened, torch.tensor(labels)) if labels else texts([r.text for r in rows]).tensors
+            return Batch(to_device(cond, setting.device), (n, *x0.shape[1:]), x0=x0)
 
-@dataclass(frozen=True)
-class Captioned(ImageSource):
-    """A folder of images with their captions.
+        return batch
 
-    Either ``metadata.jsonl`` names them, ``{"file_name": "a.png", "text": "..."}`` a line, as Hugging Face's image
-    folders do; or ``NAME.txt`` stands beside each ``NAME.png``, ``.jpg``, ``.jpeg`` or ``.webp``. Images are scaled
-    and cropped around the middle to the teacher's size.
-    """
+    def _conditions(
+        self, rows: Sequence[Row], size: Size, setting: Setting, store: Store | None
+    ) -> Callable[[torch.Tensor], Cond]:
+        labels = [row.label for row in rows if row.label is not None]
+        if not labels:
+            return encoded([row.text for row in rows], setting, self.memory, store, size)
+        cond = to_device(class_cond(setting.opened, torch.tensor(labels)), setting.device)
+        return lambda picked: {k: v[picked] for k, v in cond.items()}
 
-    folder: str
-    on_error: Literal["stop", "skip"] = "stop"
-    """What to do about an image that cannot be read or has no caption: stop, or leave it out and say how many."""
+    def _told(self, report: Report) -> Told:
+        def told(name: str, problem: Bad) -> None:
+            if self.on_bad == "error":
+                cure = "mend or remove it, or set data.on_bad to 'skip'"
+                raise ValueError(f"data: {printable(name)} cannot be used ({problem}); {cure}") from problem
+            report.skip(name, problem)
 
-    def texts(self) -> list[str]:
-        """See ``ImageSource``."""
-        return [text for _, text in self._listed()]
+        return told
 
-    def key(self) -> str:
-        """See ``ImageSource``."""
-        digest = hashlib.sha256()
-        for path, text in self._listed():
-            stat = path.stat() if path.is_file() else None
-            digest.update(repr((path.name, bool(text), stat and (stat.st_size, stat.st_mtime_ns))).encode())
-        return f"captioned {Path(self.folder).resolve()} {self.on_error} {digest.hexdigest()}"
-
-    def images(self, size: tuple[int, ...]) -> Iterator[Tensor | None]:
-        """See ``ImageSource``."""
-        listed, left_out = self._listed(), []
-        for path, text in listed:
-            image = None
-            try:
-                if not text:
-                    raise ValueError("no caption")
-                image = _read_image(path, (size[2], size[1]))
-            except Exception as error:  # decoders raise what they like
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                if self.on_error == "stop":
-                    raise ValueError(
-                        f"data.folder: image {path} cannot be used ({reason}); mend or remove it, or set "
-                        "data.on_error to 'skip'"
-                    ) from error
-                left_out.append(f"{path.name} ({reason})")
-            yield image
-        if len(left_out) == len(listed):
-            raise ValueError(f"data.folder {self.folder}: no image can be used, the first is {left_out[0]}")
-        if left_out:
-            warnings.warn(
-                f"{self.folder}: {len(left_out)} of {len(listed)} images cannot be used and are left out, "
-                f"the first is {left_out[0]}",
-                stacklevel=2,
-            )
-
-    def _listed(self) -> list[tuple[Path, str]]:
-        """Images, none of them opened, and their captions, empty where there is none.
+    def _sizes(self, opened: Opened) -> tuple[Size, ...]:
+        """The sizes that images may have, all of which the teacher can make.
 
         Raises:
-            ValueError: in one line, if the folder is missing or empty, metadata are damaged, or, unless ``on_error``
-                is "skip", a caption is missing.
+            ValueError: if the teacher makes no images in colour, or not of these sizes.
         """
-        folder = Path(self.folder)
-        if not folder.is_dir():
-            raise ValueError(f"data.folder {folder}: no such folder")
-        metadata = folder / "metadata.jsonl"
-        listed = list(_in_metadata(metadata) if metadata.is_file() else _beside(folder))
-        if not listed:
-            raise ValueError(
-                f"data.folder {folder}: no images with captions there; give metadata.jsonl, or NAME.txt beside NAME.png"
-            )
-        uncaptioned = next((path for path, text in listed if not text), None)
-        if uncaptioned is not None and self.on_error == "stop":
-            raise ValueError(
-                f"data.folder: image {uncaptioned} has no caption; write one, or set data.on_error to 'skip'"
-            )
-        return listed
+        shape = image_shape(opened)
+        if len(shape) != 3 or shape[0] != 3:
+            raise ValueError(f"data {type(self).__name__} holds images in colour; the teacher makes {shape}")
+        own = shape[1:]
+        if self.buckets == "none":
+            return (own,)
+        if "vae" not in companions(opened):
+            name = type(opened.pipeline).__name__
+            raise ValueError(f"data.buckets {self.buckets!r}: {name} works on pixels of one size; use 'none'")
+        table = SDXL if self.buckets == "sdxl" else generated(math.prod(own), self.bucket_step, self.aspect)
+        for size in table:
+            try:
+                opened.family.sample_shape(opened.pipeline, size)
+            except ValueError as error:
+                raise ValueError(
+                    f"data.buckets {self.buckets!r}: the teacher cannot make {size[0]}x{size[1]} ({error}); use 'none' "
+                    "or another data.bucket_step"
+                ) from error
+        return table
 
 
-def _in_metadata(metadata: Path) -> Iterator[tuple[Path, str]]:
-    for number, line in enumerate(read_utf8(metadata, "data.folder").split("\n"), 1):
-        if line.strip():
-            where = f"data.folder {metadata}, line {number}"
-            row, text = text_of(line, where)
-            if not isinstance(row.get("file_name"), str):
-                raise ValueError(f"{where}: no file_name")
-            yield metadata.parent / row["file_name"], text.strip()
+def check_caption(row: Row) -> None:
+    """Raise ``Bad`` if a row has neither class nor caption."""
+    if row.label is not None and row.label < 0:
+        raise Bad("no class")
+    if row.label is None and not checked_text(row.text).strip():
+        raise Bad("no caption")
 
 
-def _beside(folder: Path) -> Iterator[tuple[Path, str]]:
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in SUFFIXES:
-            caption = path.with_suffix(".txt")
-            yield path, read_utf8(caption, "data.folder").strip() if caption.is_file() else ""
+def is_captioned(row: Row, told: Told) -> bool:
+    """Whether a row has a class or a caption; if not, ``told`` is."""
+    try:
+        check_caption(row)
+    except Bad as problem:
+        told(row.name, problem)
+        return False
+    return True
 
 
-def _read_image(path: Path, size: tuple[int, int]) -> Tensor:
-    """An image, uint8 (3, H, W): upright, on white where it is transparent, scaled and cropped to (W, H)."""
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        fitted = ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS)
-        return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
+def walked(size: int, seed: int) -> Callable[[int], int]:
+    """The row at each position of an endless walk through one permutation after another, as in ``epochs``."""
+    row_of = epochs(size, 1, seed)
+    return lambda position: int(row_of(position))
 
 
 @dataclass(frozen=True)
@@ -235,21 +289,25 @@ class ShapesData(ImageSource):
         super().__post_init__()
         check_made_up(self.count, self.dropout)
 
-    def texts(self) -> list[str]:
+    def rows(self, bad: Told) -> list[Row]:
         """See ``ImageSource``."""
-        return shapes.captions(_scenes(self.count, self.seed).attributes, self.seed, self.dropout).texts
+        scenes = _scenes(self.count, self.seed)
+        texts = shapes.captions(scenes.attributes, self.seed, self.dropout).texts
+        return [Row(f"scene {i}", functools.partial(_scene, scenes, i), text) for i, text in enumerate(texts)]
 
-    def key(self) -> str:
-        """See ``ImageSource``."""
-        return f"shapes {self.count} {self.seed}"
-
-    def images(self, size: tuple[int, ...]) -> Iterator[Tensor | None]:
-        """See ``ImageSource``."""
-        if size[1:] != (shapes.SIZE, shapes.SIZE):
-            raise ValueError(f"data ShapesData holds images of {shapes.SIZE}x{shapes.SIZE}; the teacher makes {size}")
-        yield from _scenes(self.count, self.seed).images
+    def _sizes(self, opened: Opened) -> tuple[Size, ...]:
+        sizes = super()._sizes(opened)
+        if sizes != ((shapes.SIZE, shapes.SIZE),):
+            raise ValueError(
+                f"data ShapesData holds images of {shapes.SIZE}x{shapes.SIZE}; the teacher makes {list(sizes[0])}"
+            )
+        return sizes
 
 
 @functools.lru_cache(maxsize=1)
 def _scenes(count: int, seed: int) -> shapes.Scenes:
     return shapes.draw(count, seed)
+
+
+def _scene(scenes: shapes.Scenes, row: int, first: int) -> torch.Tensor:
+    return scenes.images[row]

@@ -14,15 +14,16 @@ from stepdistill.data.base import (
     MEMORY,
     Data,
     Setting,
-    cached,
     companions,
     epochs,
     placed,
     to_device,
     weights_hash,
 )
+from stepdistill.data.cache import cached
 from stepdistill.data.classes import class_cond
-from stepdistill.data.prompts import PromptSource, encoded
+from stepdistill.data.encoding import encoded
+from stepdistill.data.prompts import PromptSource
 from stepdistill.logging import Progress
 from stepdistill.models.denoiser import Cond
 from stepdistill.objective import Batch, Step
@@ -106,8 +107,8 @@ class TeacherPairs(Data):
     def _conditions(self, setting: Setting) -> Callable[[Tensor], Cond]:
         """From the numbers of trajectories (B,) to their conditions, each (B, ...) on the run's device."""
         if self.prompts is not None:
-            texts = self.prompts.texts()
-            of_text = encoded(texts, setting, self.prompts.memory)
+            texts = self.prompts.reported(setting)
+            of_text = encoded(texts, setting, self.prompts.memory, self.prompts.store(setting))
             return lambda rows: of_text(rows % len(texts))
         labels = torch.arange(self.count) % self.classes if self.classes else torch.arange(0)
         cond = to_device(class_cond(setting.opened, labels), setting.device)

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from stepdistill import shapes
-from stepdistill.data.base import MEMORY, Data, Setting, companions, epochs, lent, to_device
-from stepdistill.logging import Progress
-from stepdistill.models.denoiser import Cond
+from stepdistill.data.base import CACHE_GB, MEMORY, Data, Setting, epochs
+from stepdistill.data.cache import Store, store_in
+from stepdistill.data.encoding import encoded
+from stepdistill.data.report import Bad, Report
+from stepdistill.data.rows import text_in
 from stepdistill.objective import Batch, Step
-
-COLUMNS = ("prompt", "text", "caption")
-"""Where a line of JSON has its text; the first one that is there counts."""
-AT_ONCE = 64
-"""Prompts encoded together."""
 
 
 @dataclass(frozen=True)
@@ -32,20 +30,38 @@ class PromptSource(Data):
 
     memory: float = field(default=MEMORY, kw_only=True)
     """GB that encoded prompts may take on the run's device. Within it each prompt is encoded once, before training;
-    beyond it, or at 0, batch by batch."""
+    beyond it, or at 0, batch by batch, or read from the cache."""
+    cache: str = field(default="", kw_only=True)
+    """Folder that keeps encoded prompts; runs and processes may share one. Empty is the run's own."""
+    cache_gb: float = field(default=CACHE_GB, kw_only=True)
+    """GB that it may take; what was used longest ago leaves first."""
+    on_bad: Literal["error", "skip"] = field(default="error", kw_only=True)
+    """What to do about a row without a text: stop, or leave it out and say how many, in the log and in data.json."""
 
     def __post_init__(self) -> None:
-        """Check the range."""
-        if not self.memory >= 0:
-            raise ValueError(f"data.memory must be at least 0; got {self.memory}")
+        """Check ranges."""
+        for name in ("memory", "cache_gb"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"data.{name} must be at least 0; got {getattr(self, name)}")
 
     @abstractmethod
-    def texts(self) -> list[str]:
-        """All prompts, at least one.
+    def texts(self, report: Report | None = None) -> list[str]:
+        """All prompts, at least one; those left out are taken down in ``report``.
 
         Raises:
             ValueError: in one line, if they cannot be had.
         """
+
+    def reported(self, setting: Setting) -> list[str]:
+        """All prompts, with the run's books on them."""
+        report = setting.report or Report()
+        texts = self.texts(report)
+        report.opened(type(self).__name__, len(texts) + report.skipped)
+        return texts
+
+    def store(self, setting: Setting) -> Store | None:
+        """The cache on disk."""
+        return store_in(self.cache, self.cache_gb, setting.cache)
 
     def captions(self, n: int) -> list[str]:
         """See ``Data``."""
@@ -53,8 +69,8 @@ class PromptSource(Data):
 
     def open(self, setting: Setting) -> Callable[[Step], Batch]:
         """See ``Data``."""
-        texts = self.texts()
-        cond_of = encoded(texts, setting, self.memory)
+        texts = self.reported(setting)
+        cond_of = encoded(texts, setting, self.memory, self.store(setting))
         rows_of = epochs(len(texts), setting.batch, setting.seed)
         shape = (setting.batch, *setting.opened.sample_shape)
         return lambda step: Batch(cond_of(rows_of(step.index)), shape)
@@ -80,9 +96,11 @@ class Prompts(PromptSource):
         if blank is not None:
             raise ValueError(f"data.prompts[{blank}] is blank; leave it out (null_rate gives the empty prompt)")
 
-    def texts(self) -> list[str]:
+    def texts(self, report: Report | None = None) -> list[str]:
         """See ``PromptSource``."""
-        return list(self.prompts) or read_prompts(Path(self.file))
+        if self.prompts:
+            return list(self.prompts)
+        return read_prompts(Path(self.file), skipped=(report or Report()) if self.on_bad == "skip" else None)
 
 
 def check_made_up(count: int, dropout: float) -> None:
@@ -112,48 +130,19 @@ class ShapesPrompts(PromptSource):
         super().__post_init__()
         check_made_up(self.count, self.dropout)
 
-    def texts(self) -> list[str]:
+    def texts(self, report: Report | None = None) -> list[str]:
         """See ``PromptSource``."""
         attributes = shapes.random_attributes(self.count, torch.Generator().manual_seed(self.seed))
         return shapes.captions(attributes, self.seed, self.dropout).texts
 
 
-def encoded(texts: Sequence[str], setting: Setting, memory: float) -> Callable[[Tensor], Cond]:
-    """A function from row numbers (B,) of ``texts`` to their conditions, each (B, ...) on the run's device.
+def read_prompts(path: Path, name: str = "data.file", *, skipped: Report | None = None) -> list[str]:
+    """The prompts of a text or ``.jsonl`` file; warns of blank lines.
 
     Args:
-        texts: prompts; those that occur twice are encoded once.
-        setting: the run.
-        memory: GB that the table of all of them may take; beyond it they are encoded whenever they are asked for.
-
-    Raises:
-        ValueError: if the teacher takes no prompts.
-    """
-    opened, device = setting.opened, setting.device
-    unique = list(dict.fromkeys(texts))
-    with lent(opened, device, vae=False):
-        parts = [to_device(opened.encode(unique[:AT_ONCE]), device)]
-        size = sum(v.nbytes for v in parts[0].values()) / len(unique[:AT_ONCE])
-        whole = size * len(unique) <= memory * 1e9
-        if whole and len(unique) > AT_ONCE:
-            with Progress("encoding prompts", AT_ONCE, len(unique)) as progress:
-                for start in range(AT_ONCE, len(unique), AT_ONCE):
-                    parts.append(to_device(opened.encode(unique[start : start + AT_ONCE]), device))
-                    progress.advance(len(unique[start : start + AT_ONCE]))
-    if whole:
-        table = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
-        place = {text: i for i, text in enumerate(unique)}
-        entry = torch.tensor([place[text] for text in texts])
-        return lambda rows: {k: v[entry[rows]] for k, v in table.items()}
-
-    for name, part in companions(opened).items():
-        if name != "vae":
-            part.to(device)  # to stay
-    return lambda rows: to_device(opened.encode([texts[i] for i in rows.tolist()]), device)
-
-
-def read_prompts(path: Path, name: str = "data.file") -> list[str]:
-    """The prompts of a text or ``.jsonl`` file, ``name`` in errors; warns of blank lines.
+        path: the file.
+        name: of the field, in errors.
+        skipped: takes down lines that cannot be used; None makes errors of them.
 
     Raises:
         ValueError: in one line, if it is missing, not UTF-8, has no prompt, or a line of JSON is not as it should be.
@@ -166,23 +155,32 @@ def read_prompts(path: Path, name: str = "data.file") -> list[str]:
         warnings.warn(f"{path}: {len(lines) - len(kept)} of {len(lines)} lines are blank and left out", stacklevel=2)
     if path.suffix != ".jsonl":
         return [line for _, line in kept]
-    return [text_of(line, f"{name} {path}, line {number}")[1] for number, line in kept]
+    texts = []
+    for number, line in kept:
+        try:
+            texts.append(text_in(object_of(line)))
+        except Bad as problem:
+            if skipped is None:
+                raise ValueError(f"{name} {path}, line {number}: {problem}") from problem
+            skipped.skip(f"{path.name}, line {number}", problem)
+    if not texts:
+        raise ValueError(f"{name} {path}: no line can be used; the first: {skipped.first()}")
+    return texts
 
 
-def text_of(line: str, where: str) -> tuple[dict, str]:
-    """A line of JSON, and the text in it.
+def object_of(line: str) -> dict[str, Any]:
+    """A line of JSON.
 
     Raises:
-        ValueError: if it is no object, or has no text.
+        Bad: if it is no object.
     """
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
-    names = [name for name in COLUMNS if isinstance(row, dict) and name in row]
-    if not names or not isinstance(row[names[0]], str):
-        raise ValueError(f"{where}: must be an object with a text as its {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}")
-    return row, row[names[0]]
+    except (ValueError, RecursionError) as error:  # of numbers with thousands of digits, of nesting
+        raise Bad("not JSON", str(error)) from error
+    if not isinstance(row, dict):
+        raise Bad("no object", "must be {...}")
+    return row
 
 
 def read_utf8(path: Path, name: str) -> str:

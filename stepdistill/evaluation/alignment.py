@@ -110,6 +110,15 @@ class ShapesEvaluator:
         }
         return scores | {f"accuracy_{name}": 100 * float(share) for name, share in zip(HEADS, each, strict=True)}
 
+    def asked(self) -> list[str]:
+        """The captions."""
+        return self.texts
+
+    def right(self, images: Tensor) -> Tensor:
+        """Whether everything that the caption names is right, bool (n,), of images uint8 (n, 3, 32, 32)."""
+        seen = torch.cat([self.judges.classifier.attributes(part.float() / 127.5 - 1) for part in images.split(BATCH)])
+        return align(seen, self.attributes, self.named)
+
     def ceiling(self) -> dict[str, float]:
         """What ``held_out`` scores: the captions' own scenes."""
         return self.scores(self.held_out)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,11 +15,11 @@ from torch import Tensor
 from stepdistill.data import image_shape, lent
 from stepdistill.evaluation.digits import DigitsEvaluator
 from stepdistill.evaluation.features import to_uint8
-from stepdistill.evaluation.records import SECONDS, Record, device_name, records_from_scores
+from stepdistill.evaluation.records import SECONDS, Record, device_name, mean_and_ci95, records_from_scores
 from stepdistill.logging import Progress
 from stepdistill.models.denoiser import Cond, Guided
 from stepdistill.models.families import Opened
-from stepdistill.sampling import Ddim, Sampler, sample, trailing
+from stepdistill.sampling import Ddim, Sampler, StepRule, sample, trailing
 from stepdistill.student import Student
 
 AT_ONCE = 250
@@ -45,6 +46,19 @@ class Evaluator(Protocol):
 
     def protocol(self, metric: str) -> dict[str, int | str]:
         """What two numbers of a metric must share to be compared: keywords of ``records_from_scores``."""
+        ...
+
+
+@runtime_checkable
+class Itemised(Protocol):
+    """An evaluator that also says of each single image whether it shows what was asked for."""
+
+    def asked(self) -> list[str]:
+        """What each of the n images is asked to show, in words."""
+        ...
+
+    def right(self, images: Tensor) -> Tensor:
+        """Whether each of images uint8 (n, 3, H, W) shows it; bool (n,)."""
         ...
 
 
@@ -108,9 +122,8 @@ def bench_teacher(
     """
     records = []
     for k in steps:
-        records += _bench(
-            teacher, Sampler(trailing(k), Ddim()), opened, evaluator, seeds, "teacher", "teacher", "-", teacher.scale
-        )
+        sampler = Sampler(trailing(k), Ddim())
+        records += _bench(teacher, sampler, opened, evaluator, seeds, "teacher", "teacher", "-", teacher.scale)
     return records
 
 
@@ -144,47 +157,82 @@ def _bench(
     told: float | None = None,
 ) -> list[Record]:
     device = next(opened.denoiser.parameters()).device
-    nfe = sampler.evaluations * (2 if guidance != 1 and not getattr(predict, "told", False) else 1)
-    scores = []
-    with lent(opened, device, vae=False):
-        cond = {k: v.cpu() for k, v in evaluator.cond(opened).items()}
-    if isinstance(predict, Student) and told is not None:
-        cond["guidance"] = torch.full((evaluator.n,), told)
-    with lent(opened, device, vae=True), Progress(f"{subject}, {sampler.steps} steps", 0, len(seeds)) as progress:
-        seconds = _seconds_per_image(predict, sampler, opened, cond, min(100, evaluator.n))
+    cond, scores = conditions(opened, evaluator, told), []
+    with Progress(f"{subject}, {sampler.steps} steps", 0, len(seeds)) as progress:
+        seconds = seconds_per_image(predict, sampler, opened, cond, evaluator.n)
         for seed in seeds:
-            images = torch.cat(list(pictures(predict, sampler, opened, cond, evaluator.n, seed=seed)))
-            scores.append(evaluator.scores(images) | {SECONDS: seconds})
+            images = all_pictures(predict, sampler, opened, cond, evaluator.n, seed=seed)
+            scores.append(evaluator.scores(images))
             progress.advance()
+    return records_of(
+        scores,
+        seconds,
+        {metric: evaluator.protocol(metric) for metric in (*scores[0], SECONDS)},
+        subject=subject,
+        role=role,
+        method=method,
+        sampler=rule_name(sampler.rule),
+        steps=sampler.steps,
+        nfe=evaluations(predict, sampler, guidance),
+        guidance=guidance,
+        seeds=list(seeds),
+        device=device_name(device),
+    )
+
+
+def rule_name(rule: StepRule) -> str:
+    """A step rule as tables name it."""
+    return type(rule).__name__.lower()
+
+
+def evaluations(predict: Guided | Student, sampler: Sampler, guidance: float) -> int:
+    """Network evaluations of one image; guidance in two passes counts twice."""
+    return sampler.evaluations * (2 if guidance != 1 and not getattr(predict, "told", False) else 1)
+
+
+def conditions(opened: Opened, evaluator: Evaluator, told: float | None = None) -> Cond:
+    """What an evaluator asks for, on the CPU, each (n, ...).
+
+    Args:
+        opened: whose encoders make conditions of it.
+        evaluator: the benchmark.
+        told: the guidance scale for networks that take one as an input.
+
+    Raises:
+        ValueError: if it asks for another number of images than it judges.
+    """
+    with lent(opened, next(opened.denoiser.parameters()).device, vae=False):
+        cond = {k: v.cpu() for k, v in evaluator.cond(opened).items()}
+    for name, value in cond.items():
+        if len(value) != evaluator.n:
+            raise ValueError(
+                f"{type(evaluator).__name__} judges n = {evaluator.n} images and gives {len(value)} conditions "
+                f"({name!r}); it needs one prompt or label for each image"
+            )
+    return cond if told is None else cond | {"guidance": torch.full((evaluator.n,), told)}
+
+
+def records_of(
+    scores: Sequence[Mapping[str, float]],
+    seconds: Sequence[float],
+    protocols: Mapping[str, Mapping[str, int | str]],
+    **row: Any,
+) -> list[Record]:
+    """Records of one row of a table: one for each metric, under that metric's own protocol.
+
+    Args:
+        scores: {metric: value} of each seed.
+        seconds: several timings of one image, whose spread, not that of seeds, gives the interval.
+        protocols: of each metric and of ``SECONDS``, as ``Evaluator.protocol`` gives it.
+        row: the other keywords of ``records_from_scores``.
+    """
     records = []
-    for metrics, protocol in _ways(evaluator, list(scores[0])):
-        records += records_from_scores(
-            subject=subject,
-            role=role,
-            method=method,
-            sampler=type(sampler.rule).__name__.lower(),
-            steps=sampler.steps,
-            nfe=nfe,
-            guidance=guidance,
-            scores_per_seed=[{metric: score[metric] for metric in metrics} for score in scores],
-            seeds=list(seeds),
-            device=device_name(device),
-            **protocol,
-        )
-    return records
-
-
-def _ways(evaluator: Evaluator, metrics: list[str]) -> list[tuple[list[str], dict[str, int | str]]]:
-    """Metrics that share a protocol, and that protocol, in order of appearance."""
-    ways: list[tuple[list[str], dict[str, int | str]]] = []
-    for metric in metrics:
-        protocol = evaluator.protocol(metric)
-        same = next((names for names, known in ways if known == protocol), None)
-        if same is None:
-            ways.append(([metric], protocol))
-        else:
-            same.append(metric)
-    return ways
+    for metric in scores[0]:
+        only = [{metric: score[metric]} for score in scores]
+        records += records_from_scores(scores_per_seed=only, **row, **protocols[metric])
+    timed = [{SECONDS: statistics.median(seconds)}] * len(scores)
+    (record,) = records_from_scores(scores_per_seed=timed, **row, **protocols[SECONDS])
+    return [*records, replace(record, ci95=mean_and_ci95(seconds)[1])]
 
 
 @torch.no_grad()
@@ -213,13 +261,23 @@ def pictures(
         yield to_uint8(images).cpu()
 
 
-def _seconds_per_image(predict: Guided | Student, sampler: Sampler, opened: Opened, cond: Cond, batch: int) -> float:
-    """Median of three timed batches, decoded, after one that warms up."""
+def all_pictures(
+    predict: Guided | Student, sampler: Sampler, opened: Opened, cond: Cond, n: int, *, seed: int
+) -> Tensor:
+    """``pictures`` together, uint8 (n, 3, H, W), the decoder being brought to where the network is."""
+    with lent(opened, next(predict.parameters()).device, vae=True):
+        return torch.cat(list(pictures(predict, sampler, opened, cond, n, seed=seed)))
+
+
+def seconds_per_image(predict: Guided | Student, sampler: Sampler, opened: Opened, cond: Cond, n: int) -> list[float]:
+    """Of three timed batches of at most a hundred images, decoded, after one that warms up."""
+    batch = min(100, n)
     part = {k: v[:batch] for k, v in cond.items()}
     times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        for _ in pictures(predict, sampler, opened, part, batch, seed=0):
-            pass
-        times.append((time.perf_counter() - start) / batch)
-    return statistics.median(times[1:])
+    with lent(opened, next(predict.parameters()).device, vae=True):
+        for _ in range(4):
+            start = time.perf_counter()
+            for _ in pictures(predict, sampler, opened, part, batch, seed=0):
+                pass
+            times.append((time.perf_counter() - start) / batch)
+    return times[1:]

@@ -93,8 +93,16 @@ class DigitsEvaluator:
             f"recall{suffix}": 100 * recall,
             f"density{suffix}": 100 * density,
             f"coverage{suffix}": 100 * coverage,
-            "accuracy": 100 * float((self.classifier.predict(images) == self.labels).double().mean()),
+            "accuracy": 100 * float(self.right(images).double().mean()),
         }
+
+    def asked(self) -> list[str]:
+        """The class of each image, in words."""
+        return [f"digit {label}" for label in self.labels.tolist()]
+
+    def right(self, images: Tensor) -> Tensor:
+        """Whether the classifier sees the class that was asked for, bool (n,), of images uint8 (n, 3, 8, 8)."""
+        return self.classifier.predict(images) == self.labels
 
     def ceiling(self) -> dict[str, float]:
         """Nothing: there are too few real digits to be judged as ``n`` generated ones are."""

@@ -39,6 +39,19 @@ def to_uint8(x: Tensor) -> Tensor:
     return levels.expand(-1, 3, -1, -1).contiguous()
 
 
+def check_images(images: Tensor) -> None:
+    """Makes sure that images are uint8 (B, 3, H, W).
+
+    Raises:
+        ValueError: if they are not.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(
+            f"images must be uint8 (B, 3, H, W), got {tuple(images.shape)} of {images.dtype}; "
+            "to_uint8 makes them from floats in [-1, 1]"
+        )
+
+
 class Extractor(Protocol):
     """A fixed map from images to features."""
 
@@ -46,6 +59,8 @@ class Extractor(Protocol):
     sha256: str
     """Identifies the map: hash of the weights file, or of the description where there are no weights."""
     dim: int
+    resize: str
+    """How images reach the size that it takes; "none" if they must have it."""
 
     def __call__(self, images: Tensor) -> Tensor:
         """Features (B, D) float32 of images uint8 (B, 3, H, W)."""
@@ -59,6 +74,8 @@ class Pixels:
         height: of the images it takes.
         width: of the images it takes.
     """
+
+    resize = "none"
 
     def __init__(self, height: int = 8, width: int = 8):
         self.name = f"grey-pixels-{height}x{width}"
@@ -90,6 +107,7 @@ class DigitFeatures:
 
     name = "digit-classifier"
     dim = 64
+    resize = "none"
 
     def __init__(self, path: str | PathLike[str], device: torch.device | str = "cpu", batch_size: int = 1000):
         self.model = load_digit_classifier(path).to(device)

@@ -1,4 +1,4 @@
-"""Distances between two sets of feature vectors: Frechet distance, kernel distance, precision, recall, coverage.
+"""Two sets of feature vectors: Frechet distance, precision, recall, density, coverage. Kernel distances are in ``mmd``.
 
 Every function takes a bank of real and a bank of generated features, float tensors of shape (N, D), works in float64
 on the device of its first argument, and knows nothing about images. Each number is biased by the number of samples:
@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+TOLERANCE = 1e-6
+"""Of a Frechet distance, relative; where rounding may cost more, a slower form is taken."""
 CHUNK = 1024
 """Rows per block of a pairwise matrix: 1024 x 50,000 float64 distances are 0.4 GB."""
 
@@ -42,7 +44,7 @@ class MeanCov:
         Raises:
             ValueError: if the bank is not a finite float (N, D) tensor.
         """
-        _check_bank("features", features)
+        check_bank("features", features)
         return cls(features.shape[1], features.device).update(features)
 
     def update(self, features: Tensor) -> MeanCov:
@@ -51,7 +53,7 @@ class MeanCov:
         Raises:
             ValueError: if the block has another D, is not float, or holds a NaN or an infinity.
         """
-        _check_bank("features", features)
+        check_bank("features", features)
         if features.shape[1] != len(self.mean):
             raise ValueError(f"features have {features.shape[1]} dimensions, expected {len(self.mean)}")
         if not len(features):
@@ -94,13 +96,18 @@ class MeanCov:
         return self.scatter / (self.count - 1)
 
 
-def frechet_distance(a: MeanCov, b: MeanCov) -> float:
+class Moments(NamedTuple):
+    """Mean and covariance alone, as a statistics file holds them; unlike ``MeanCov`` they cannot be merged."""
+
+    mean: Tensor  # (D,) float64
+    cov: Tensor  # (D, D) float64, unbiased
+
+
+def frechet_distance(a: MeanCov | Moments, b: MeanCov | Moments) -> float:
     """Squared Frechet distance of two Gaussians; arXiv:1706.08500.
 
-    ``|m1 - m2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^(1/2)``, where the last trace is the sum of the square roots of the
-    eigenvalues of ``C1^(1/2) C2 C1^(1/2)``. With ``C = A A^T`` these roots are the singular values of ``A1^T A2``,
-    which is how they are computed: an eigenvalue that is zero but for rounding, 1e-16, would count as 1e-8 after the
-    root, and there are D - N + 1 of them when N < D.
+    ``|m1 - m2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^(1/2)``, where the last trace is the sum of the singular values of
+    ``A1^T A2`` for any ``C = A A^T``: symmetric problems only, no eigenvalues of the unsymmetric product ``C1 C2``.
 
     Args:
         a: statistics of one set, at least 2 samples.
@@ -115,12 +122,24 @@ def frechet_distance(a: MeanCov, b: MeanCov) -> float:
     if len(a.mean) != len(b.mean):
         raise ValueError(f"features have {len(a.mean)} and {len(b.mean)} dimensions; both sets need the same extractor")
     cov_a, cov_b = a.cov, b.cov.to(a.mean)
-    cross = torch.linalg.svdvals(_square_root(cov_a).T @ _square_root(cov_b)).sum()
     gap = a.mean - b.mean.to(a.mean)
-    return float(gap @ gap + cov_a.trace() + cov_b.trace() - 2 * cross)
+    apart = gap @ gap + cov_a.trace() + cov_b.trace()
+    lower_a, lower_b = _cholesky(cov_a), _cholesky(cov_b)
+    if lower_a is None or lower_b is None:
+        return float(apart - 2 * torch.linalg.svdvals(_square_root(cov_a).T @ _square_root(cov_b)).sum())
+    product, gram = _product_and_gram(lower_a, lower_b)
+    squares = torch.linalg.eigvalsh(gram)
+    rounding = squares[-1] * torch.finfo(squares.dtype).eps
+    roots = squares.clamp(min=0).sqrt()
+    distance = apart - 2 * roots.sum()
+    # Rounding moves each square by about eps times the largest, hence its root r by that over 2 r.
+    error = (rounding / roots.clamp(min=rounding.sqrt())).sum()
+    if error > TOLERANCE * distance.abs():
+        distance = apart - 2 * torch.linalg.svdvals(product).sum()  # twice the time, and no squares
+    return float(distance)
 
 
-def percent_of_variance(real: MeanCov, fake: MeanCov) -> float:
+def percent_of_variance(real: MeanCov | Moments, fake: MeanCov | Moments) -> float:
     """Frechet distance over the real features' total variance, in percent: 100 is one point, at the real mean."""
     return 100 * frechet_distance(real, fake) / float(real.cov.trace())
 
@@ -147,7 +166,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 5) -> PrecisionRecall:
     Raises:
         ValueError: if a bank is not finite, too small for k, or the dimensions differ.
     """
-    real, fake = _check_pair(real, fake, k)
+    real, fake = check_pair(real, fake, k)
     real_radii, fake_radii = _radii(real, k), _radii(fake, k)
     fake_inside = torch.zeros(len(fake), dtype=torch.bool, device=real.device)
     real_inside = torch.zeros(len(real), dtype=torch.bool, device=real.device)
@@ -175,7 +194,7 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> DensityCoverage:
     Raises:
         ValueError: if a bank is not finite, too small for k, or the dimensions differ.
     """
-    real, fake = _check_pair(real, fake, k)
+    real, fake = check_pair(real, fake, k)
     radii = _radii(real, k)
     hits = 0
     covered = torch.zeros(len(real), dtype=torch.bool, device=real.device)
@@ -186,31 +205,38 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> DensityCoverage:
     return DensityCoverage(hits / (k * len(fake)), _fraction(covered))
 
 
-def kid(real: Tensor, fake: Tensor) -> float:
-    """Kernel distance: unbiased squared MMD over the whole banks, kernel ``(x.y / D + 1)^3``; arXiv:1801.01401.
+def _cholesky(cov: Tensor) -> Tensor | None:
+    """The lower triangular root, or None of a covariance that is singular to rounding."""
+    lower, failed = torch.linalg.cholesky_ex(cov)
+    pivots = lower.diagonal().square()
+    whole = not bool(failed) and bool(pivots.min() > 1e3 * _rounding(pivots.max(), len(cov)))
+    return lower if whole else None
 
-    Unbiased means that equal distributions give 0 on average, so single values may be negative.
 
-    Args:
-        real: features of real samples, (N, D) float, N >= 2.
-        fake: features of generated samples, (M, D) float, M >= 2.
-
-    Raises:
-        ValueError: if a bank is not finite, has fewer than two samples, or the dimensions differ.
-    """
-    real, fake = _check_pair(real, fake, 1)
-    within = _kernel_sum(real, real) - _self_kernel_sum(real)
-    within_fake = _kernel_sum(fake, fake) - _self_kernel_sum(fake)
-    across = _kernel_sum(real, fake)
-    n, m = len(real), len(fake)
-    return within / (n * (n - 1)) + within_fake / (m * (m - 1)) - 2 * across / (n * m)
+def _product_and_gram(lower_a: Tensor, lower_b: Tensor) -> tuple[Tensor, Tensor]:
+    """``P = lower_a^T lower_b`` and the lower triangle of ``P P^T``; in panels, without what triangles make zero."""
+    product, gram = torch.zeros_like(lower_a), torch.zeros_like(lower_a)
+    panel = max(64, len(lower_a) // 16)
+    for start in range(0, len(lower_a), panel):
+        rows, end = slice(start, start + panel), start + panel
+        torch.mm(lower_a[start:, rows].T, lower_b[start:], out=product[rows])
+        gram[rows, :end] = product[rows] @ product[:end].T
+    return product, gram
 
 
 def _square_root(cov: Tensor) -> Tensor:
-    """Some A, (D, D), with ``A A^T = cov``; directions whose variance is rounding error get exactly none."""
+    """Some A, (D, D), with ``A A^T = cov``; directions whose variance is rounding error get exactly none.
+
+    An eigenvalue that is zero but for rounding, 1e-16, would count as 1e-8 after the root, and with fewer samples than
+    features there are many of them.
+    """
     values, vectors = torch.linalg.eigh(cov)
-    floor = values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
-    return vectors * torch.where(values > floor, values, 0.0).sqrt()
+    return vectors * torch.where(values > _rounding(values[-1].clamp(min=0), len(values)), values, 0.0).sqrt()
+
+
+def _rounding(largest: Tensor, dim: int) -> Tensor:
+    """What rounding may leave in place of a zero eigenvalue."""
+    return largest * dim * torch.finfo(largest.dtype).eps
 
 
 def _distances(rows_of: Tensor, columns_of: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -228,19 +254,16 @@ def _radii(bank: Tensor, k: int) -> Tensor:
     return torch.cat(nearest)[:, k]
 
 
-def _kernel_sum(x: Tensor, y: Tensor) -> float:
-    return sum(float((x[i : i + CHUNK] @ y.T / x.shape[1] + 1).pow(3).sum()) for i in range(0, len(x), CHUNK))
-
-
-def _self_kernel_sum(x: Tensor) -> float:
-    return float((x.square().sum(1) / x.shape[1] + 1).pow(3).sum())
-
-
 def _fraction(mask: Tensor) -> float:
     return float(mask.double().mean())
 
 
-def _check_bank(name: str, bank: Tensor) -> None:
+def check_bank(name: str, bank: Tensor) -> None:
+    """Makes sure that a bank is a finite float (N, D) tensor; ``name`` stands in the message.
+
+    Raises:
+        ValueError: if it is not.
+    """
     if bank.ndim != 2 or not bank.is_floating_point():
         raise ValueError(f"{name} must be a float tensor of shape (N, D), got {tuple(bank.shape)} of {bank.dtype}")
     finite = bank.isfinite().all(1)
@@ -248,10 +271,14 @@ def _check_bank(name: str, bank: Tensor) -> None:
         raise ValueError(f"{name} hold NaN or infinity in {int((~finite).sum())} of {len(bank)} rows")
 
 
-def _check_pair(real: Tensor, fake: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Both banks in float64 on the first one's device, after the checks that all pairwise metrics share."""
-    _check_bank("real features", real)
-    _check_bank("fake features", fake)
+def check_pair(real: Tensor, fake: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Both banks in float64 on the first one's device, after the checks that all pairwise metrics share.
+
+    Raises:
+        ValueError: if a bank is not finite, has not more than k samples, or the dimensions differ.
+    """
+    check_bank("real features", real)
+    check_bank("fake features", fake)
     if real.shape[1] != fake.shape[1]:
         raise ValueError(
             f"features have {real.shape[1]} (real) and {fake.shape[1]} (fake) dimensions; both need the same extractor"

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -25,15 +25,20 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from stepdistill.checkpoint import write_atomically
-from stepdistill.evaluation.records import SECONDS, Record, Row, metric_info, table_rows
+from stepdistill.evaluation.records import SECONDS, Record, Row, metric_info, metrics_of, table_rows
 
 INK = "#1c2733"
 """Text and axes; inside a page it becomes the page's own text colour, so that a dark page stays readable."""
 COLOURS = ("#2f81c7", "#d9662b", "#2a9d78", "#b65fa3", "#c2931c", "#7b7fd6", "#c4475b", "#4aa3b5")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
+FRONT = "#2a9d78"
 DASHES = ("-", "--", "-.", ":")
-QUALITY = ("fd", "pix", "fd_clip", "kid", "alignment", "clip_score")
+QUALITY = ("fd", "pix", "fd_clip", "fid", "frechet", "kid", "alignment", "clip_score")
 """What is worth plotting against steps."""
+DIVERSITY = ("recall", "coverage", "vendi")
+"""What quality is held against, the first of these that was measured."""
+Cost = Literal["steps", "nfe"]
+COSTS: dict[Cost, str] = {"steps": "steps", "nfe": "network evaluations"}
 
 
 class Series(NamedTuple):
@@ -70,17 +75,57 @@ def quality_plot(records: Sequence[Record], path: Path) -> None:
     write_atomically(path, lambda aside: aside.write_bytes(buffer.getvalue()))
 
 
-def steps_figure(records: Sequence[Record], metric: str) -> Figure:
-    """A metric against steps (log2): the teacher as lines, students as points, intervals where there are seeds."""
+def figures_of(records: Sequence[Record]) -> list[tuple[str, Figure]]:
+    """All figures that records have numbers for, with their captions: quality against steps, network evaluations and
+    seconds, precision against recall, and quality against diversity with the front that nobody beats in both.
+    """
+    metrics, rows = metrics_of(records), table_rows(records)
+    quality = [metric for metric in QUALITY if metric in metrics]
+    figures = [(f"{metric_info(m).label} against steps", steps_figure(records, m)) for m in quality]
+    if quality and any(row.nfe != row.steps for row in rows):
+        label = f"{metric_info(quality[0]).label} against network evaluations"
+        figures.append((label, steps_figure(records, quality[0], "nfe")))
+    diversity = [metric for metric in DIVERSITY if metric in metrics][:1]
+    pairs = [("recall", "precision", False), *((SECONDS, m, False) for m in quality[:1])]
+    pairs += [(d, m, True) for d in diversity for m in quality[:1]]
+    for x, y, front in pairs:
+        if any(x in row.cells and y in row.cells for row in rows):
+            title = f"{metric_info(y).label} against {metric_info(x).label}"
+            figures.append((title, pair_figure(records, x, y, front=front)))
+    return [(title[0].upper() + title[1:], figure) for title, figure in figures]
+
+
+def steps_figure(records: Sequence[Record], metric: str, against: Cost = "steps") -> Figure:
+    """A metric against steps or network evaluations (log2): the teacher as dark lines, students as points, joined where
+    one has several; intervals where there are seeds.
+    """
     series = _series([row for row in table_rows(records) if metric in row.cells])
     with _style():
         figure, ax = _single(series)
-        _draw_against_steps(ax, series, metric)
+        _draw_against_steps(ax, series, metric, against)
     return figure
 
 
-def pair_figure(records: Sequence[Record], x: str, y: str) -> Figure:
-    """One metric against another, steps beside the points of whoever has several; seconds on a log axis."""
+def pareto_front(rows: Sequence[Row], x: str, y: str) -> list[Row]:
+    """The rows that no other row beats in one metric without losing in the other, in order of ``x``.
+
+    Of metrics without a direction, more counts as better for ``x`` and less for ``y``.
+    """
+    signs = [1 if metric_info(x).better != "lower" else -1, -1 if metric_info(y).better != "higher" else 1]
+    points = [(signs[0] * row.cells[x].value, signs[1] * row.cells[y].value) for row in rows]
+    front = [
+        row
+        for row, point in zip(rows, points, strict=True)
+        if not any(other != point and other[0] >= point[0] and other[1] >= point[1] for other in points)
+    ]
+    return sorted(front, key=lambda row: row.cells[x].value)
+
+
+def pair_figure(records: Sequence[Record], x: str, y: str, *, front: bool = False) -> Figure:
+    """One metric against another, steps beside the points of whoever has several; seconds on a log axis.
+
+    With ``front`` the ``pareto_front`` is joined by a broad faint line.
+    """
     series = _series([row for row in table_rows(records) if x in row.cells and y in row.cells])
     with _style():
         figure, ax = _single(series)
@@ -90,6 +135,10 @@ def pair_figure(records: Sequence[Record], x: str, y: str) -> Figure:
             if len(rows) > 1:
                 for row, *point in zip(rows, xs, ys, strict=True):
                     ax.annotate(str(row.steps), point, (5, 4), textcoords="offset points", fontsize=7.5)
+        if front:
+            best = pareto_front([row for _, rows, _ in series for row in rows], x, y)
+            xs, ys = [row.cells[x].value for row in best], [row.cells[y].value for row in best]
+            ax.plot(xs, ys, color=FRONT, alpha=0.3, linewidth=5, solid_capstyle="round", zorder=1, gid="front")
         if x == SECONDS:
             ax.set_xscale("log")
             _plain_log_ticks(ax.xaxis)
@@ -129,19 +178,23 @@ def training_figures(metrics_jsonl: Path) -> list[tuple[str, Figure]]:
     return figures
 
 
-def inline_svg(figure: Figure, prefix: str, label: str) -> str:
-    """The figure as an ``<svg>`` element: scalable, in the page's text colour, without links, named for screen readers.
-
-    Args:
-        figure: to be drawn.
-        prefix: put before every id, since ids must be unique on a page.
-        label: what the picture shows.
-    """
+def svg_of(figure: Figure) -> str:
+    """The figure as an SVG file's text, to be seen on white."""
     buffer = io.StringIO()
     with _style():
         figure.savefig(buffer, format="svg", transparent=True)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
+    return buffer.getvalue().replace("<svg ", '<svg style="background: white" ', 1)
+
+
+def inline_svg(svg: str, prefix: str, label: str) -> str:
+    """``svg_of`` as an element of a page: scalable, in its text colour, without links, named for screen readers.
+
+    Args:
+        svg: the file's text.
+        prefix: put before every id, since ids must be unique on a page.
+        label: what the picture shows.
+    """
+    svg = svg[svg.index("<svg") :].replace(' style="background: white"', "", 1)
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\s(xmlns(:xlink)?|version)="[^"]*"', "", svg)
     svg = svg.replace("xlink:href=", "href=").replace(INK, "currentColor")
@@ -170,31 +223,33 @@ def _series(rows: Sequence[Row]) -> list[Series]:
         if len(steps) == 1:  # otherwise each point says its own
             label += f", {steps[0]} step{'s' if steps[0] > 1 else ''}"
         look = {"linestyle": "none", "markersize": 7, "markeredgewidth": 0, "zorder": 3}
+        if len(steps) > 1:
+            look |= {"linestyle": "-", "linewidth": 0.8}
         look |= {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        series.append(Series(label, groups[key], look))
+        series.append(Series(label, sorted(groups[key], key=lambda row: row.steps), look))
     return series
 
 
-def _draw_against_steps(ax: Axes, series: Sequence[Series], metric: str) -> None:
+def _draw_against_steps(ax: Axes, series: Sequence[Series], metric: str, against: Cost = "steps") -> None:
     measured = [[row for row in rows if metric in row.cells] for _, rows, _ in series]
-    steps = [row.steps for rows in measured for row in rows]
-    crowd = Counter(row.steps for rows in measured for row in rows if row.role == "student")
+    costs = [getattr(row, against) for rows in measured for row in rows]
+    crowd = Counter(getattr(row, against) for rows in measured for row in rows if row.role == "student")
     placed: Counter[int] = Counter()
     for (_, _, style), rows in zip(series, measured, strict=True):
         xs = []
         for row in rows:
-            aside = 0.0
+            aside, cost = 0.0, getattr(row, against)
             if row.role == "student":  # side by side, or equally good students would hide each other
-                aside = 0.16 * (placed[row.steps] - (crowd[row.steps] - 1) / 2)
-                placed[row.steps] += 1
-            xs.append(row.steps * 2**aside)
+                aside = min(0.16, 0.9 / crowd[cost]) * (placed[cost] - (crowd[cost] - 1) / 2)
+                placed[cost] += 1
+            xs.append(cost * 2**aside)
         ys = [row.cells[metric].value for row in rows]
         ax.errorbar(xs, ys, yerr=_half_widths(rows, metric), **style)
     ax.set_xscale("log", base=2)
-    ax.set_xticks([2**i for i in range(math.floor(math.log2(min(steps))), math.ceil(math.log2(max(steps))) + 1)])
+    ax.set_xticks([2**i for i in range(math.floor(math.log2(min(costs))), math.ceil(math.log2(max(costs))) + 1)])
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.set_xlabel("steps")
+    ax.set_xlabel(COSTS[against])
     ax.set_ylabel(_axis_label(metric))
     _scale_y(ax, series, metric)
 

@@ -40,7 +40,12 @@ METRICS: dict[str, MetricInfo] = {
     "fd": MetricInfo("FD", "%", "lower"),
     "pix": MetricInfo("pixel FD", "%", "lower"),
     "fd_clip": MetricInfo("CLIP FD", "%", "lower"),
+    "fid": MetricInfo("FID", "", "lower"),
+    "fid_infinity": MetricInfo("FID∞", "", "lower"),
+    "frechet": MetricInfo("Fréchet distance", "", "lower"),
+    "frechet_infinity": MetricInfo("Fréchet distance∞", "", "lower"),
     "kid": MetricInfo("KID", "", "lower"),
+    "cmmd": MetricInfo("CMMD", "", "lower"),
     "precision": MetricInfo("precision", "%", "higher"),
     "recall": MetricInfo("recall", "%", "higher"),
     "density": MetricInfo("density", "%", ""),
@@ -48,11 +53,14 @@ METRICS: dict[str, MetricInfo] = {
     "accuracy": MetricInfo("accuracy", "%", "higher"),
     "alignment": MetricInfo("alignment", "%", "higher"),
     "clip_score": MetricInfo("CLIP score", "", "higher"),
+    "vendi": MetricInfo("Vendi score", "", "higher"),
+    "saturation_drift": MetricInfo("saturation drift", "points", ""),
+    "contrast_drift": MetricInfo("contrast drift", "points", ""),
     SECONDS: MetricInfo("time", "s / image", "lower"),
 }
 """In the order in which tables show them, the first being the one that sums a result up."""
 
-BRIEF = ("fd", "pix", "fd_clip", "precision", "recall", "coverage", "alignment", "clip_score")
+BRIEF = ("fd", "pix", "fd_clip", "fid", "frechet", "kid", "precision", "recall", "coverage", "alignment", "clip_score")
 """What a short table shows, of what was measured."""
 
 

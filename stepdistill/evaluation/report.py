@@ -19,14 +19,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from stepdistill.checkpoint import write_atomically
-from stepdistill.evaluation.plots import (
-    QUALITY,
-    inline_svg,
-    pair_figure,
-    quality_plot,
-    steps_figure,
-    training_figures,
-)
+from stepdistill.evaluation.page import CSS, JS, PAGE
+from stepdistill.evaluation.plots import figures_of, inline_svg, quality_plot, svg_of, training_figures
 from stepdistill.evaluation.records import (
     SECONDS,
     Record,
@@ -42,7 +36,7 @@ from stepdistill.evaluation.records import (
 LARGEST_TILE = 256
 """Pixels; larger images are reduced for the page, which would otherwise weigh tens of megabytes."""
 
-__all__ = ["Grid", "headline", "image_grid", "quality_plot", "save_grid", "write_report"]
+__all__ = ["Failures", "Grid", "Panel", "headline", "image_grid", "quality_plot", "save_grid", "write_report"]
 
 
 class Grid(NamedTuple):
@@ -52,6 +46,47 @@ class Grid(NamedTuple):
     images: Tensor  # uint8 (R * C, 3, H, W), row by row
     columns: int
     captions: tuple[str, ...] = ()  # of the columns, from the left
+    steps: int | None = None  # grids of one title and several step counts share a place, and a slider chooses
+    note: str = ""  # beside the title
+
+
+class Panel(NamedTuple):
+    """A grid as the page holds it."""
+
+    title: str
+    png: str  # base64
+    count: int
+    columns: int
+    captions: tuple[str, ...] = ()
+    steps: int | None = None
+    note: str = ""
+
+
+class Failures(NamedTuple):
+    """Where a student fails most."""
+
+    subject: str
+    steps: int
+    share: str  # of images that are right, as the table shows it
+    png: str  # base64, a row of images that went wrong; empty where there are none
+    captions: tuple[str, ...]  # what these were asked to show
+    worst: tuple[tuple[str, int, int, int, int], ...]
+    """(what was asked, right, of how many, the same of the teacher's long run), furthest behind the teacher first."""
+
+
+def panel_of(grid: Grid) -> Panel:
+    """The grid as a PNG, large images reduced."""
+    factor = math.ceil(grid.images.shape[-1] / LARGEST_TILE)
+    note = grid.note if factor == 1 else f"{grid.note} (shown at 1/{factor} of their size)".strip()
+    return Panel(grid.title, png_of(grid.images, grid.columns), len(grid.images), grid.columns, *grid[3:5], note)
+
+
+def png_of(images: Tensor, columns: int) -> str:
+    """Base64 of a PNG for the page: images uint8 (B, 3, H, W) in rows, large ones reduced, small ones enlarged."""
+    factor = math.ceil(images.shape[-1] / LARGEST_TILE)
+    if factor > 1:
+        images = avg_pool2d(images.float(), factor).round().to(torch.uint8)
+    return base64.b64encode(_png(images, columns)).decode()
 
 
 def image_grid(images: Tensor, columns: int, scale: int = 1) -> Image.Image:
@@ -129,10 +164,14 @@ def write_report(
     *,
     title: str,
     records: list[Record],
-    grids: list[Grid],
+    grids: Sequence[Grid | Panel],
     curves: Path | None,
-    load_code: str,
+    load_code: str = "",
     notes: str = "",
+    left_out: Sequence[str] = (),
+    failures: Sequence[Failures] = (),
+    evaluations: Path | None = None,
+    plots: Sequence[tuple[str, str]] | None = None,
 ) -> Path:
     """Writes ``report/index.html`` in the run's directory and returns its path.
 
@@ -142,8 +181,12 @@ def write_report(
         records: results of comparable protocol, at least one.
         grids: images to show side by side.
         curves: the training log, ``metrics.jsonl``; None if nothing was trained.
-        load_code: Python that loads the result.
+        load_code: Python that loads the result; none for a comparison of several.
         notes: plain text, paragraphs separated by an empty line.
+        left_out: remarks below the table.
+        failures: where students fail most.
+        evaluations: evaluations within training, ``evaluations.jsonl``.
+        plots: captions and SVG, where they are drawn already.
 
     Raises:
         FileNotFoundError: if ``curves`` names no file.
@@ -151,19 +194,22 @@ def write_report(
         OSError: if the disk refuses; an earlier page then stands.
     """
     summary = headline(records)
-    training = "" if curves is None else _section("Training", _training(curves))  # first, as it may be missing
+    training = "" if curves is None else _section("Training", _training(curves, "curve"))  # first: may be missing
+    if evaluations is not None:
+        training = _section("Quality during training", _training(evaluations, "quality")) + training
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="headline">{escape(summary)}</p>',
         *(f"<p>{escape(paragraph)}</p>" for paragraph in notes.split("\n\n") if paragraph.strip()),
-        _section("Results", _table(records) + _table_caption(records)),
-        _section("Samples", _grids(grids)) if grids else "",
-        _section("Plots", _plots(records)),
+        _section("Results", _table(records) + _table_caption(records) + _list(left_out)),
+        _section("Samples", _grids([panel_of(g) if isinstance(g, Grid) else g for g in grids])) if grids else "",
+        _section("Where students fail", _failures(failures)) if failures else "",
+        _section("Plots", _plots(drawn(records) if plots is None else plots)),
         training,
-        _section("Load it", f"<pre><code>{escape(load_code.strip())}</code></pre>"),
+        _section("Load it", f"<pre><code>{escape(load_code.strip())}</code></pre>") if load_code else "",
         _section("Protocol", _protocol(records)),
     ]
-    page = PAGE.format(title=escape(title), css=CSS, body="\n".join(part for part in parts if part), js=SORT_JS)
+    page = PAGE.format(title=escape(title), css=CSS, body="\n".join(part for part in parts if part), js=JS)
     path = Path(run_dir) / "report" / "index.html"
     write_atomically(path, lambda aside: aside.write_text(page, encoding="utf-8"))
     return path
@@ -213,51 +259,123 @@ def _table_caption(records: Sequence[Record]) -> str:
     return f'<p class="small">{text} Click a heading to sort.</p>'
 
 
-def _grids(grids: Sequence[Grid]) -> str:
-    figures = []
-    for grid in grids:
-        factor = math.ceil(grid.images.shape[-1] / LARGEST_TILE)
-        images = grid.images if factor == 1 else avg_pool2d(grid.images.float(), factor).round().to(torch.uint8)
-        caption = grid.title if factor == 1 else f"{grid.title} (shown at 1/{factor} of their size)"
-        data = base64.b64encode(_png(images, grid.columns)).decode()
-        alt = f"{grid.title}: {len(images)} images in rows of {grid.columns}"
-        image = f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'
-        figures.append(f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>")
+def _list(lines: Sequence[str]) -> str:
+    return f'<ul class="notes">{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul>' if lines else ""
+
+
+def _grids(panels: Sequence[Panel]) -> str:
+    groups: dict[str, list[Panel]] = {}
+    for i, panel in enumerate(panels):
+        groups.setdefault(panel.title if panel.steps is not None else f"\0{i}", []).append(panel)
+    counts = sorted({panel.steps for panel in panels if panel.steps is not None})
+    start = _usual_steps(panels)
+    figures = [_figure(group, start, choose=len(counts) > 1) for group in groups.values()]
+    slider = _slider(counts, start) if len(counts) > 1 else ""
     lists = [
         '<p class="small">Columns, from the left: '
         + "; ".join(f"{i}. {escape(caption)}" for i, caption in enumerate(captions, 1))
         + "</p>"
-        for captions in dict.fromkeys(grid.captions for grid in grids if grid.captions)
+        for captions in dict.fromkeys(panel.captions for panel in panels if panel.captions)
     ]
-    return f'<div class="grids">{"".join(figures)}</div>{"".join(lists)}'
+    return f'{slider}<div class="grids">{"".join(figures)}</div>{"".join(lists)}'
 
 
-def _plots(records: Sequence[Record]) -> str:
-    metrics, rows = metrics_of(records), table_rows(records)
-    quality = [metric for metric in QUALITY if metric in metrics]
-    pairs = [("recall", "precision"), *((SECONDS, metric) for metric in quality[:1])]
-    plots = [(f"{metric_info(metric).label} against steps", steps_figure(records, metric)) for metric in quality]
-    for x, y in pairs:
-        if any(x in row.cells and y in row.cells for row in rows):
-            plots.append((f"{metric_info(y).label} against {metric_info(x).label}", pair_figure(records, x, y)))
+def _usual_steps(panels: Sequence[Panel]) -> int | None:
+    """The step count that most grids have, of equals the least: where the slider starts."""
+    counts = [panel.steps for panel in panels if panel.steps is not None]
+    return min(counts, key=lambda k: (-counts.count(k), k), default=None)
+
+
+def _slider(counts: Sequence[int], start: int | None) -> str:
+    return (
+        '<div class="slider"><label for="steps">Steps</label>'
+        f'<input type="range" id="steps" min="0" max="{len(counts) - 1}" value="{counts.index(start)}" '
+        f'data-steps="{" ".join(map(str, counts))}" aria-valuetext="{_steps(start)}">'
+        f'<output for="steps">{_steps(start)}</output></div>'
+    )
+
+
+def _figure(panels: Sequence[Panel], start: int | None, *, choose: bool) -> str:
+    """The grids of one title; with ``choose`` only the one at ``start`` steps is to be seen at first."""
+    if not choose or panels[0].steps is None:
+        return "".join(f"<figure>{_image(panel)}{_caption(panel)}</figure>" for panel in panels)
+    parts = []
+    for panel in panels:
+        mark = f' data-steps="{panel.steps}"' + ("" if panel.steps == start else " hidden")
+        parts.append(f"<div{mark}>{_image(panel)}{_caption(panel)}</div>")
+    serves = [panel.steps for panel in panels]
+    there = start in serves
+    words = ", ".join(map(str, serves)) + (" step" if serves == [1] else " steps")
+    missing = f"<b>{escape(panels[0].title)}</b> was measured at {words}."
+    return (
+        f'<figure data-serves="{" ".join(map(str, serves))}"{"" if there else " class=absent"}>{"".join(parts)}'
+        f'<p class="missing"{" hidden" if there else ""}>{missing}</p></figure>'
+    )
+
+
+def _image(panel: Panel) -> str:
+    at = "" if panel.steps is None else f", {_steps(panel.steps)}"
+    alt = f"{panel.title}{at}: {panel.count} images in rows of {panel.columns}"
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{panel.png}">'
+
+
+def _caption(panel: Panel) -> str:
+    note = f" {escape(panel.note)}" if panel.note else ""
+    return f"<figcaption><b>{escape(panel.title)}</b>{note}</figcaption>"
+
+
+def _failures(failures: Sequence[Failures]) -> str:
+    blocks = []
+    for one in failures:
+        worst = one.worst[0] if one.worst else None
+        words = f"most often {worst[0]!r}, right {worst[1]} of {worst[2]} times" if worst else "nothing went wrong"
+        picture = ""
+        if one.png:
+            picture = (
+                f'<img class="strip" alt="{escape(f"{one.subject}: {len(one.captions)} images that went wrong")}" '
+                f'src="data:image/png;base64,{one.png}"><p class="small">Went wrong, from the left; asked for: '
+                f"{escape('; '.join(one.captions))}.</p>"
+            )
+        rows = "".join(
+            f'<tr><td>{escape(what)}</td><td class="number">{right} of {of}</td>'
+            f'<td class="number">{f"{long_right} of {long_of}" if long_of else ""}</td></tr>'
+            for what, right, of, long_right, long_of in one.worst
+        )
+        head = "".join(f'<th scope="col">{name}</th>' for name in ("asked for", "right", "teacher"))
+        table = (
+            f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+            if rows
+            else ""
+        )
+        title = f"{escape(one.subject)}, {_steps(one.steps)}: {escape(one.share)} right"
+        blocks.append(f"<details><summary>{title} <span>{escape(words)}</span></summary>{picture}{table}</details>")
+    note = '<p class="small">Furthest behind the teacher\'s long run first; all sampling seeds together.</p>'
+    return note + "".join(blocks)
+
+
+def drawn(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """Captions and SVG of all figures that records have numbers for."""
+    return [(caption, svg_of(figure)) for caption, figure in figures_of(records)]
+
+
+def _plots(plots: Sequence[tuple[str, str]]) -> str:
     if not plots:
         return "<p>No metric here is plotted.</p>"
     figures = []
-    for i, (caption, figure) in enumerate(plots):
-        caption = caption[0].upper() + caption[1:]
-        svg = inline_svg(figure, f"plot{i}", f"{caption}; the values are in the table of results")
+    for i, (caption, picture) in enumerate(plots):
+        svg = inline_svg(picture, f"plot{i}", f"{caption}; the values are in the table of results")
         figures.append(f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>")
     note = (
-        "Lines: the teacher. Points: students; those with equally many steps stand side by side. "
-        "Numbers beside points: steps. Bars: 95 % intervals."
+        "Dark lines: the teacher, one for each solver. Points: students; those with equally many steps stand side by "
+        "side. Numbers beside points: steps. Bars: 95 % intervals. Broad pale line: what nobody beats in both."
     )
     return f'<div class="plots">{"".join(figures)}</div><p class="small">{note}</p>'
 
 
-def _training(curves: Path) -> str:
+def _training(curves: Path, prefix: str) -> str:
     figures = []
     for i, (name, figure) in enumerate(training_figures(curves)):
-        svg = inline_svg(figure, f"curve{i}", f"{name} against training step")
+        svg = inline_svg(svg_of(figure), f"{prefix}{i}", f"{name} against training step")
         figures.append(f"<figure><figcaption>{escape(name)}</figcaption>{svg}</figure>")
     return f'<div class="curves">{"".join(figures)}</div>'
 
@@ -296,80 +414,3 @@ def _value(row: Row, metric: str) -> str:
 def _quantity(row: Row, metric: str) -> str:
     label, unit, _ = metric_info(metric)
     return f"{label} {_value(row, metric)} {unit}".strip()
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>{css}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-<script>{js}</script>
-</body>
-</html>
-"""
-
-CSS = """
-:root { --text: #1c2733; --soft: #5b6875; --ground: #fff; --line: #dde3e8; --panel: #f5f7f9; --tint: #d8efe4; }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #e3e8ec; --soft: #9aa6b1; --ground: #14181c; --line: #313a43; --panel: #1c2228; --tint: #1d4536; }
-}
-body { margin: 0; background: var(--ground); color: var(--text); font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 72rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0.5rem 0; }
-h2 { font-size: 1.1rem; margin: 2.75rem 0 0.75rem; padding-bottom: 0.3rem; border-bottom: 1px solid var(--line); }
-p { max-width: 44rem; }
-.headline { font-size: 1.2rem; }
-.small { color: var(--soft); font-size: 0.85rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.875rem; min-width: 100%; }
-th, td { padding: 0.35rem 0.5rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
-thead th { vertical-align: bottom; white-space: normal; }
-thead th:not(:first-child) { text-align: right; }
-tbody th { font-weight: 600; }
-table th:first-child { position: sticky; left: 0; background: inherit; min-width: 8rem; white-space: normal; }
-thead tr, tbody tr { background: var(--ground); }
-tr.teacher { background: var(--panel); }
-tr.teacher th { font-weight: 400; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-td.best { background: var(--tint); font-weight: 600; }
-thead button { all: unset; cursor: pointer; color: var(--soft); font-weight: 600; }
-thead button:focus-visible { outline: 2px solid; }
-th[aria-sort="ascending"] button::after { content: " \\25B4"; }
-th[aria-sort="descending"] button::after { content: " \\25BE"; }
-.how { display: block; color: var(--soft); font-size: 0.8em; font-weight: 400; line-height: 1.3; }
-@media (min-width: 50rem) { table th:first-child { min-width: 11.5rem; } }
-figure { margin: 0; }
-figcaption { color: var(--soft); font-size: 0.85rem; margin: 0.25rem 0; }
-.grids, .plots, .curves { display: grid; gap: 1.5rem; align-items: start; }
-.grids { grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
-.plots { grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
-.curves { grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); }
-.grids img { max-width: 100%; image-rendering: pixelated; }
-svg { width: 100%; height: auto; }
-svg text { font-family: inherit !important; }
-pre { background: var(--panel); padding: 0.9rem; overflow-x: auto; font-size: 0.85rem; line-height: 1.45; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.15rem 1rem; font-size: 0.85rem; }
-dt { color: var(--soft); }
-dd { margin: 0; overflow-wrap: anywhere; }
-"""
-
-SORT_JS = """
-const table = document.getElementById("results");
-table.querySelectorAll("thead th").forEach((head, column) => head.addEventListener("click", () => {
-  const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
-  table.querySelectorAll("thead th").forEach(other => other.removeAttribute("aria-sort"));
-  head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
-  const value = row => row.children[column].dataset.value;
-  const compare = (a, b) => a === "" || b === "" ? (a === "") - (b === "")
-    : sign * (isNaN(a) || isNaN(b) ? a.localeCompare(b) : a - b);
-  table.tBodies[0].append(...[...table.tBodies[0].rows].sort((a, b) => compare(value(a), value(b))));
-}));
-"""

@@ -105,7 +105,17 @@ def with_null(cond: Cond, null: Cond, dropped: Tensor) -> Cond:
         raise ValueError("conditions cannot be dropped: this teacher has no null condition; set null_rate to 0")
     scale = {k: v for k, v in cond.items() if k == "guidance"}
     rest = unscaled(cond)
-    return scale | {k: torch.where(dropped.view(-1, *[1] * (v.ndim - 1)), null[k].to(v), v) for k, v in rest.items()}
+    nulls = null_like(null, rest)
+    return scale | {k: torch.where(dropped.view(-1, *[1] * (v.ndim - 1)), nulls[k], v) for k, v in rest.items()}
+
+
+OF_SIZE = frozenset({"time_ids", "resolution", "aspect_ratio"})
+"""Conditions that tell the size of a sample and not what it shows: the null condition has the sample's own."""
+
+
+def null_like(null: Cond, cond: Cond) -> Cond:
+    """The null condition, each tensor (1, ...), expanded to the batch of ``cond`` and of its samples' sizes."""
+    return {k: v if k in OF_SIZE else null[k].to(v).expand_as(v) for k, v in cond.items()}
 
 
 def both_predictions(
@@ -124,7 +134,8 @@ def both_predictions(
     Returns:
         Two of (B, ...).
     """
-    both = {k: torch.cat([v, null[k].to(v).expand_as(v)]) for k, v in cond.items()}
+    nulls = null_like(null, cond)
+    both = {k: torch.cat([v, nulls[k]]) for k, v in cond.items()}
     conditional, unconditional = predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both, want=want).chunk(2)
     return conditional, unconditional
 

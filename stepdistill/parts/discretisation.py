@@ -31,7 +31,7 @@ class Doubling:
         if not 1 <= self.start <= self.end:
             raise ValueError(f"a grid needs 1 <= start <= end intervals; got {self.start} and {self.end}")
 
-    def intervals(self, index: int) -> int:
+    def at(self, index: int) -> int:
         """Intervals at step ``index``."""
         stages = 1 + math.ceil(math.log2(self.end / self.start))
         stage = min(stages * index // max(self.until, 1), stages - 1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.evaluation import metrics
-from stepdistill.evaluation.metrics import MeanCov, density_coverage, frechet_distance, kid, precision_recall
+from stepdistill.evaluation.metrics import MeanCov, Moments, density_coverage, frechet_distance, precision_recall
 
 
 def bank(n: int, dim: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
@@ -81,7 +81,7 @@ def test_float32_features_are_summed_in_float64():
         (lambda: density_coverage(bank(9, 2, 0), bank(5, 2, 0), k=5), "at least 6 fake samples, got 5"),
         (lambda: precision_recall(bank(9, 2, 0), bank(9, 2, 0), k=0), "k must be"),
         (lambda: density_coverage(bank(9, 2, 0), bank(9, 3, 0)), r"2 \(real\) and 3 \(fake\)"),
-        (lambda: kid(bank(9, 2, 0), torch.full((9, 2), math.nan)), "fake features hold NaN"),
+        (lambda: precision_recall(bank(9, 2, 0), torch.full((9, 2), math.nan)), "fake features hold NaN"),
     ],
 )
 def test_bad_banks_are_named(call, message):
@@ -144,6 +144,30 @@ def test_frechet_distance_with_constant_features():
     a, b = bank(100, 6, 0), bank(80, 6, 1, scale=2.0)
     a[:, 2:4], b[:, 3] = 1.0, -1.0
     assert frechet_distance(MeanCov.of(a), MeanCov.of(b)) == pytest.approx(naive_frechet_distance(a, b), rel=1e-9)
+
+
+@pytest.mark.parametrize("dim", [3, 70, 200])
+def test_frechet_distance_of_many_features_takes_every_panel(dim):
+    """70 and 200 features are several panels, the last one short; condition numbers of 1e9, and singular ones."""
+    scale = torch.logspace(0, -4.5, dim).double()
+    a, b = bank(2 * dim, dim, 0) * scale @ rotation(dim, 2), bank(3 * dim, dim, 1) * scale @ rotation(dim, 3)
+    assert frechet_distance(MeanCov.of(a), MeanCov.of(b)) == pytest.approx(naive_frechet_distance(a, b), rel=1e-9)
+    flat = b - b[:, :1]  # one direction less
+    assert frechet_distance(MeanCov.of(a), MeanCov.of(flat)) == pytest.approx(naive_frechet_distance(a, flat), rel=1e-9)
+    loose = Moments(b.mean(0), torch.cov(b.T))
+    assert frechet_distance(loose, MeanCov.of(a)) == pytest.approx(naive_frechet_distance(a, b), rel=1e-9)
+
+
+@pytest.mark.parametrize("low", [1e-4, 1e-7, 1e-8, 1e-10, 1e-14])
+def test_frechet_distance_is_exact_where_squares_would_round(low):
+    """Half the directions have almost no variance; the truth is the sum over a common eigenbasis."""
+    q = rotation(128, 0)
+    one, other = (
+        torch.cat([torch.full((64,), v), torch.full((64,), v * w * low)]).double() for v, w in ((1, 1), (1.1, 1.2))
+    )
+    a, b = (Moments(torch.zeros(128).double(), (q * spread) @ q.T) for spread in (one, other))
+    exact = float((one.sqrt() - other.sqrt()).square().sum())
+    assert frechet_distance(a, b) == pytest.approx(exact, rel=1e-6)
 
 
 def test_frechet_distance_agrees_with_torchmetrics():
@@ -258,33 +282,3 @@ def test_digits_sized_banks_are_quick():
     precision_recall(real, fake)
     density_coverage(real, fake)
     assert time.process_time() - start < 3  # 0.6 s on one idle core
-
-
-# Kernel distance
-
-
-def test_kid_equals_an_explicit_loop(monkeypatch):
-    monkeypatch.setattr(metrics, "CHUNK", 4)
-    real, fake = bank(11, 3, 0), bank(7, 3, 1, shift=0.5)
-
-    def kernel(x: Tensor, y: Tensor) -> float:
-        return (float(x @ y) / 3 + 1) ** 3
-
-    def mean(pairs: list[float]) -> float:
-        return sum(pairs) / len(pairs)
-
-    expected = (
-        mean([kernel(real[i], real[j]) for i in range(11) for j in range(11) if i != j])
-        + mean([kernel(fake[i], fake[j]) for i in range(7) for j in range(7) if i != j])
-        - 2 * mean([kernel(x, y) for x in real for y in fake])
-    )
-    assert kid(real, fake) == pytest.approx(expected, rel=1e-10)
-
-
-def test_kid_of_equal_distributions_is_zero_on_average():
-    """Unbiased: the mean over 200 draws lies within four standard errors of 0, where the biased form is far off."""
-    draws = torch.tensor([kid(bank(30, 8, 2 * i), bank(30, 8, 2 * i + 1)) for i in range(200)])
-    error = float(draws.std()) / math.sqrt(200)
-    assert abs(float(draws.mean())) < 4 * error < 0.1
-    assert float(draws.min()) < 0
-    assert kid(bank(300, 8, 0), bank(300, 8, 1, shift=1.0)) > 100 * error

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stepdistill.evaluation.plots import steps_figure, training_figures
-from stepdistill.evaluation.records import Record, format_value
+from stepdistill.evaluation.plots import pareto_front, steps_figure, training_figures
+from stepdistill.evaluation.records import Record, format_value, table_rows
 from stepdistill.evaluation.report import Grid, headline, image_grid, quality_plot, save_grid, write_report
 
 VOID = {"meta", "img", "br"}
@@ -157,12 +157,13 @@ def test_pictures_have_words(page):
         "Teacher <50>: 6 images in rows of 3",
         "Student: 6 images in rows of 3",
     ]
-    # fd and pix against steps, precision against recall, fd against time, and three training curves.
+    # fd and pix against steps, the rest against one another, and three training curves
     assert [plot["aria-label"].split(";")[0] for plot in plots] == [
         "FD against steps",
         "Pixel FD against steps",
         "Precision against recall",
         "FD against time",
+        "FD against recall",
         "kd: student/mse against training step",
         "dmd2: critic/loss against training step",
         "dmd2: disc/loss against training step",
@@ -351,4 +352,38 @@ def test_large_images_are_reduced_on_the_page_only(tmp_path, records):
     data = re.search(r"data:image/png;base64,([^\"]+)", text).group(1)
     shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
     assert shown.shape[:2] == (256, 256) and (shown[..., :3] == 100).all()
-    assert "big (shown at 1/2 of their size)" in text
+    assert "<b>big</b> (shown at 1/2 of their size)" in text
+
+
+def test_the_front_is_what_nobody_beats_in_both():
+    points = {
+        "a": (90.0, 1.0),
+        "b": (95.0, 1.5),
+        "c": (93.0, 2.0),
+        "d": (80.0, 0.5),
+        "e": (80.0, 0.9),
+        "f": (95.0, 1.5),
+    }
+    cells = [
+        record("student", s, 1, m, v, 0.1) for s, p in points.items() for m, v in zip(("recall", "fd"), p, strict=True)
+    ]
+    front = pareto_front(table_rows(cells), "recall", "fd")  # recall higher, fd lower; equals stand side by side
+    assert [row.subject for row in front] == ["d", "a", "b", "f"]
+    cells = [replace(cell, metric={"fd": "precision"}.get(cell.metric, cell.metric)) for cell in cells]
+    assert [row.subject for row in pareto_front(table_rows(cells), "recall", "precision")] == ["c", "b", "f"]
+
+
+def test_a_slider_starts_where_most_grids_are(tmp_path, records, digits):
+    grids = [
+        Grid("teacher", digits, 3, steps=8), Grid("teacher", digits, 3, steps=4), Grid("teacher", digits, 3, steps=1),
+        Grid("a", digits, 3, steps=4), Grid("b", digits, 3, steps=1), Grid("c", digits, 3, steps=4),
+        Grid("long", digits, 3),
+    ]  # fmt: skip
+    text = write_report(tmp_path, title="t", records=records, grids=grids, curves=None).read_text()
+    assert 'min="0" max="2" value="1" data-steps="1 4 8" aria-valuetext="4 steps"' in text
+    assert (
+        text.count('data-steps="4">') == 3 and text.count("hidden><img") == 3
+    )  # all but those at 4 steps and the long
+    assert "<b>b</b> was measured at 1 step." in text
+    alone = write_report(tmp_path, title="t", records=records, grids=grids[-2:], curves=None).read_text()
+    assert 'id="steps"' not in alone  # one step count leaves nothing to choose

@@ -157,6 +157,7 @@ def test_a_stopped_run_with_frozen_weights_goes_on_bit_for_bit(digits: Opened, t
         first.step(index)
     first.index = 2
     first.save()
+    first.checkpoints.finish()
     assert second.resume() and second.index == 2
     second.fit()
     for name in ("student", "ema", "disc"):

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 import stepdistill
 from stepdistill.build import new_student, plain_network, start_from
-from stepdistill.checkpoint import Checkpoints
+from stepdistill.checkpoint import Checkpoints, Progressed
 from stepdistill.export import load_student, save_pipeline
 from stepdistill.models.denoiser import Denoiser, Rescheduled
 from stepdistill.models.families import Opened, open_pipeline
@@ -198,7 +198,8 @@ def test_a_copy_is_its_own_and_a_checkpoint_brings_it_back(tmp_path: Path) -> No
     assert_close(twin.sample(shape, cond), before, rtol=0, atol=0)
     nets = Nets({"student": student})
     checkpoints = Checkpoints(tmp_path, 1)
-    checkpoints.save(3, nets, {}, {})
+    checkpoints.save(Progressed(3), nets, {})
+    checkpoints.finish()
     with torch.no_grad():
         for p in student.parameters():
             p.mul_(0.9)

@@ -12,6 +12,7 @@ from stepdistill.models.denoiser import Predictor
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Step
 from stepdistill.objectives import CD
+from stepdistill.parts.discretisation import Doubling
 from stepdistill.sampling import Ddim, Move, Renoise, Sampler, StepRule, at, trailing
 from stepdistill.student import Student
 from stepdistill.testing import GaussianTeacher, exact_student
@@ -35,7 +36,7 @@ def batch_of(teacher: GaussianTeacher, n: int) -> Batch:
 def test_the_exact_consistency_function_has_no_loss_under_the_exact_ode(gaussian: GaussianTeacher) -> None:
     student = exact_student(gaussian, Sampler(trailing(1), Renoise())).double()
     nets = Nets({"student": student, "target": student, "teacher": gaussian})
-    loss = CD(solver=ExactOde(), grid_start=8, grid_end=8).student_loss(nets, batch_of(gaussian, 256), Step.at(0))
+    loss = CD(solver=ExactOde(), intervals=Doubling(8, 8)).student_loss(nets, batch_of(gaussian, 256), Step.at(0))
     assert loss.total.item() < 1e-14
 
 
@@ -44,7 +45,7 @@ def test_a_swapped_time_or_a_wrong_step_would_cost(gaussian: GaussianTeacher) ->
     student = exact_student(gaussian, Sampler(trailing(1), Renoise())).double()
     nets = Nets({"student": student, "target": student, "teacher": gaussian})
     losses = [
-        CD(grid_start=n, grid_end=n).student_loss(nets, batch_of(gaussian, 4000), Step.at(0)).total.item()
+        CD(intervals=Doubling(n, n)).student_loss(nets, batch_of(gaussian, 4000), Step.at(0)).total.item()
         for n in (4, 16, 64)
     ]
     assert losses[0] > 3 * losses[1] > 9 * losses[2] > 0
@@ -81,7 +82,7 @@ def test_the_fixed_point_is_the_solvers_own_composition() -> None:
     def data(step: Step) -> Batch:
         return Batch({}, (1024, 1), x0=teacher.sample(1024, step.rng))
 
-    objective = CD(grid_start=n, grid_end=n, target_decay=0.9)
+    objective = CD(intervals=Doubling(n, n), target_decay=0.9)
     optim = {"student": spec.build(net.parameters())}
     trainer = Trainer(nets, objective, optim, data, Run(steps=900, clip=0), specs={"student": spec})
     for index in range(900):
@@ -107,18 +108,12 @@ def test_nothing_flows_back_through_the_target(gaussian: GaussianTeacher) -> Non
     assert target.net.scale.grad is None
 
 
-def test_the_grid_doubles_in_equal_stages_and_ends_at_its_end() -> None:
-    cd = CD(grid_start=4, grid_end=32, grow_until=400)
-    assert [cd.intervals(i) for i in (0, 99, 100, 199, 200, 300, 399, 5000)] == [4, 4, 8, 8, 16, 32, 32, 32]
-    assert CD(grid_start=8, grid_end=8).intervals(3) == 8
-
-
 def test_distillation_reaches_the_exact_ode_map(gaussian: GaussianTeacher) -> None:
     optim = {"student": AdamW(2e-3, decay="linear")}
     start = pretrained(gaussian)
     before = error_of(gaussian, Student(Sampler(trailing(1), Renoise()), start.net, start.schedule, start.kind))
     student = distilled(
-        CD(grid_start=8, grid_end=16, grow_until=400, solver=Ddim()), gaussian, start,
+        CD(intervals=Doubling(8, 16, 400), solver=Ddim()), gaussian, start,
         Sampler(trailing(1), Renoise()), optim, 800,
     )  # fmt: skip
     after = error_of(gaussian, student)

@@ -237,9 +237,9 @@ def test_the_inverter_starts_as_the_student_and_moves_by_itself(gaussian: Gaussi
     [
         ({"start": 0.0}, "start must lie between 0 and the first edge, 0.3; got 0.0"),
         ({"start": 0.3}, "start must lie between"),
-        ({"preserve": -1.0}, "preserve must be at least 0"),
-        ({"preserve": math.nan}, "preserve must be at least 0"),
-        ({"unguided": 1.5}, r"unguided lie in \[0, 1\]"),
+        ({"preserve": -1.0}, "preserve of at least 0"),
+        ({"preserve": math.nan}, "preserve of at least 0"),
+        ({"unguided": 1.5}, r"unguided in \[0, 1\]"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes: dict[str, float], complaint: str) -> None:

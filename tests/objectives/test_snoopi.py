@@ -113,13 +113,6 @@ def test_a_range_must_be_one(bad: tuple[float, float]) -> None:
         SNOOPI(guidance=bad)
 
 
-def test_scales_from_the_batch_are_refused() -> None:
-    nets = linear_nets(guided(classes()), CLASSES[0], COV)
-    cond = labels(4, 0) | {"guidance": torch.ones(4)}
-    with pytest.raises(ValueError, match=r"leave teacher\.guidance_range out"):
-        SNOOPI().student_loss(nets, Batch(cond, (4, 2)), Step.at(0))
-
-
 def test_trained_under_random_guidance_each_class_has_its_own_law_without_guidance() -> None:
     """Guiding both alike leaves the teacher's conditional laws the fixed point, up to what the critic's null label,
     fitted to all classes at once, makes of the teacher's."""

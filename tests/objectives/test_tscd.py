@@ -146,6 +146,14 @@ def test_cuts_that_do_not_fit_are_refused(also: tuple[int, ...], said: str) -> N
         TSCD(segments=Segments(4, 16), also=also)
 
 
+def test_jumps_below_an_edge_need_a_cut_that_trains_them() -> None:
+    sampler = Sampler(trailing(4), Tcd(0.3))
+    with pytest.raises(ValueError, match="jumps below the next edge"):
+        TSCD(Segments(4, 16)).check(sampler)
+    TSCD(Segments(4, 16), also=(1,)).check(sampler)
+    TSCD(Segments(1, 16)).check(Sampler(trailing(1), Tcd(0.3)))
+
+
 def test_one_student_beats_the_teacher_at_each_number_of_steps(gaussian: GaussianTeacher) -> None:
     """Each of its grids against as many DDIM steps of the exact teacher, whose law is known in closed form. A student
     trained for four steps alone is off by 1.0 and 0.85 with one and two."""

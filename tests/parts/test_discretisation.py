@@ -19,15 +19,15 @@ def test_ict_has_eight_stages_from_ten_to_1280_intervals() -> None:
     """N(k) is 11, 21, 41, ..., 1281 points, one stage in 50,000 of 400,000 steps (arXiv:2310.14189 sec. 3.4)."""
     grid = Doubling(10, 1280, 400_000)
     expected = [10 * 2**i for i in range(8)]
-    assert [grid.intervals(50_000 * i) for i in range(8)] == expected
-    assert [grid.intervals(50_000 * i - 1) for i in range(1, 9)] == expected
-    assert grid.intervals(10**9) == 1280
+    assert [grid.at(50_000 * i) for i in range(8)] == expected
+    assert [grid.at(50_000 * i - 1) for i in range(1, 9)] == expected
+    assert grid.at(10**9) == 1280
 
 
 def test_the_last_stage_ends_at_the_end_even_where_that_is_no_power_of_two_away() -> None:
-    assert [Doubling(2, 11, 40).intervals(i) for i in (0, 9, 10, 20, 30, 99)] == [2, 2, 4, 8, 11, 11]
-    assert {Doubling(8, 8, 100).intervals(i) for i in range(0, 200, 7)} == {8}
-    assert Doubling(4, 16, 0).intervals(0) == 4 and Doubling(4, 16, 0).intervals(2) == 16
+    assert [Doubling(2, 11, 40).at(i) for i in (0, 9, 10, 20, 30, 99)] == [2, 2, 4, 8, 11, 11]
+    assert {Doubling(8, 8, 100).at(i) for i in range(0, 200, 7)} == {8}
+    assert Doubling(4, 16, 0).at(0) == 4 and Doubling(4, 16, 0).at(2) == 16
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 4), (8, 4)])

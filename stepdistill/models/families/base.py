@@ -81,15 +81,15 @@ class Opened:
     """Of its samples, in pixels; None is the pipeline's default."""
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Cond:
-        """Prompts to conditions, each (B, ...).
+    def encode(self, prompts: Sequence[str], size: Size | None = None) -> Cond:
+        """Prompts to conditions, each (B, ...), of samples of another ``size`` if one is given.
 
         Raises:
             ValueError: if this pipeline takes no prompts.
         """
         if self.family.encode is None:
             raise ValueError(f"{type(self.pipeline).__name__} takes no prompts; give it class labels, or nothing")
-        return self.family.encode(self.pipeline, list(prompts), self.size)
+        return self.family.encode(self.pipeline, list(prompts), size or self.size)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = 64) -> Tensor:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import HF_MODULES_CACHE
+from filelock import FileLock
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -44,21 +47,31 @@ def load_pipeline(source: str | Path, *, custom_pipeline: str | None = None) -> 
         parts = {name: None for name, part in index.items() if part == [None, None]}
         parts |= load_networks(path, index, torch.float32)
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            source,
-            custom_pipeline=custom_pipeline,
-            dtype=torch.float32,  # always explicit: diffusers and transformers differ in their defaults
-            use_safetensors=True,  # a pickle is never opened
-            low_cpu_mem_usage=False,
-            **({"trust_remote_code": True} if custom_pipeline else {}),
-            **parts,
-        )
+        with _alone_with_modules() if custom_pipeline else nullcontext():
+            pipeline = DiffusionPipeline.from_pretrained(
+                source,
+                custom_pipeline=custom_pipeline,
+                dtype=torch.float32,  # always explicit: diffusers and transformers differ in their defaults
+                use_safetensors=True,  # a pickle is never opened
+                low_cpu_mem_usage=False,
+                **({"trust_remote_code": True} if custom_pipeline else {}),
+                **parts,
+            )
     except Exception as error:  # whatever the loaders raise, the user needs one line that names the source
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"teacher {source!r}: could not be loaded ({type(error).__name__}: {reason})") from error
     if "_max_sequence_length" in index:  # an argument of the call that pipelines cannot record, so loading drops it
         pipeline.register_to_config(_max_sequence_length=index["_max_sequence_length"])
     return pipeline
+
+
+def _alone_with_modules() -> FileLock:
+    """Diffusers copies a pipeline's file over the one in a cache that all processes share, then imports that: another
+    process that does so at the same moment may find half a file.
+    """
+    folder = Path(HF_MODULES_CACHE)
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / ".stepdistill.lock")
 
 
 def load_networks(

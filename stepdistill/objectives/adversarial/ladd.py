@@ -49,7 +49,7 @@ class LADD(Objective):
     def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
         """Look real."""
         x0 = new_samples(self.rollout, nets, batch, step)
-        adv = self.gan.student_term(nets.disc, nets.teacher.schedule, x0, batch.cond, step)
+        adv = self.gan.student_term(nets.disc, nets.teacher.schedule, x0, batch.cond, step, real=batch.x0)
         return Loss(self.gan.weight * adv)
 
     def disc_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:

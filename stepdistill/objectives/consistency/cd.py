@@ -12,6 +12,7 @@ from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
 from stepdistill.parts.discretisation import Doubling
 from stepdistill.parts.neighbours import refuse_jumps
+from stepdistill.parts.segments import two_jumps
 from stepdistill.sampling import Ddim, Move, Sampler, StepRule, refuse_solver
 
 
@@ -28,12 +29,8 @@ class CD(Objective):
     needs = frozenset({"student", "teacher"})
     data = frozenset({"x0"})
 
-    grid_start: int = 4
-    """Grid intervals at the start; few make the target travel far, many make it exact."""
-    grid_end: int = 8
-    """Grid intervals at the end."""
-    grow_until: int = 1000
-    """The grid doubles in equal stages over this many steps; the last of the stages has ``grid_end`` intervals."""
+    intervals: Doubling = field(default_factory=lambda: Doubling(4, 8, 1000))
+    """Solver steps over the whole range; few make the target travel far, many make it exact."""
     solver: StepRule = field(default_factory=Ddim)
     """One step of the teacher's ODE. The paper uses Heun."""
     target_decay: float = 0.95
@@ -43,8 +40,6 @@ class CD(Objective):
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if not 1 <= self.grid_start <= self.grid_end:
-            raise ValueError(f"objective needs 1 <= grid_start <= grid_end; got {self.grid_start} and {self.grid_end}")
         if not 0 <= self.target_decay < 1:
             raise ValueError(f"objective.target_decay must lie in [0, 1); got {self.target_decay}")
 
@@ -52,11 +47,12 @@ class CD(Objective):
         """The student is called at points of the grid that it was trained on."""
         refuse_solver(self.solver)
         refuse_jumps("CD", sampler)
-        off = [t for t in sampler.times if abs(t * self.grid_end - round(t * self.grid_end)) > 1e-9]
+        n = self.intervals.end
+        off = [t for t in sampler.times if abs(t * n - round(t * n)) > 1e-9]
         if off:
             raise ValueError(
-                f"sampler.times {off[0]:g} is no point of the grid of {self.grid_end} intervals; "
-                f"let objective.grid_end be a multiple of the sampler's {sampler.steps} steps"
+                f"sampler.times {off[0]:g} is no point of the grid of {n} intervals; "
+                f"let objective.intervals.end be a multiple of the sampler's {sampler.steps} steps"
             )
 
     def turns(self) -> tuple[Turn, ...]:
@@ -67,21 +63,14 @@ class CD(Objective):
         """The target network."""
         return {"target": self.target_decay}
 
-    def intervals(self, index: int) -> int:
-        """Grid intervals at step ``index``."""
-        return Doubling(self.grid_start, self.grid_end, self.grow_until).intervals(index)
-
     def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
         """Agreement of neighbours on the teacher's ODE."""
-        schedule, n = nets.student.schedule, self.intervals(step.index)
+        schedule, n = nets.student.schedule, self.intervals.at(step.index)
         eps = step.randn(batch.shape)
         i = step.integers(n, len(batch)) + 1
         t, s = (i.double() / n) * schedule.t_max, ((i - 1).double() / n) * schedule.t_max
 
         x_t = schedule.add_noise(batch.x0, eps, t)
-        with torch.no_grad():
-            x_s, _ = self.solver(nets.teacher, x_t, Move(t, s, batch.cond, step.rng))
-            target = nets.target(x_s, s, batch.cond)
-            target = torch.where((s == 0).view(-1, *[1] * (x_t.ndim - 1)), x_s, target)
-        x0 = nets.student(x_t, t, batch.cond)
-        return Loss(self.distance(x0, target).mean())
+        move = Move(t, s, batch.cond, step.rng)
+        x0, aim = two_jumps(nets, nets.target, self.solver, x_t, move, torch.zeros_like(t))
+        return Loss(self.distance(x0, aim).mean())

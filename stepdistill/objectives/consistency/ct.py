@@ -62,7 +62,7 @@ class CT(Objective):
 
     def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
         """Agreement of neighbours that share one noise."""
-        student, n = nets.student, self.intervals.intervals(step.index)
+        student, n = nets.student, self.intervals.at(step.index)
         eps = step.randn(batch.shape)
         i = step.integers(n, len(batch))
         grid = self.spacing.grid(student.schedule, student.sampler.times, n).to(i.device)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from stepdistill.editing import Inverter, refuse_noise
+from stepdistill.editing import Inverter, refuse_fresh_noise
 from stepdistill.functional.distances import Distance, ElementHuber
 from stepdistill.functional.ode import jump
 from stepdistill.models.denoiser import Cond, Denoiser
@@ -33,8 +33,8 @@ class ICD(Objective):
     needs = frozenset({"student", "teacher"})
     data = frozenset({"x0"})
 
-    boundaries: Boundaries = field(default_factory=lambda: Boundaries((1.0, 0.78, 0.52, 0.26), 50))
-    """The edges, tuned for each number of steps, and the solver's grid. In the paper (1, .7, .34) for three steps."""
+    boundaries: Boundaries = field(default_factory=lambda: Boundaries((1.0, 0.75, 0.5, 0.25), 48))
+    """The edges, and the solver's grid. In the paper (1, .78, .52, .26) on 50; stock schedulers walk even ones."""
     start: float = 0.02
     """Where inversion begins, as a fraction of t_max: data are taken for the state there."""
     preserve: float = 1.5
@@ -53,10 +53,8 @@ class ICD(Objective):
         if not 0 < self.start < first:
             raise ValueError(f"objective.start must lie between 0 and the first edge, {first:g}; got {self.start}")
         if not 0 <= self.preserve < math.inf or not 0 <= self.unguided <= 1:
-            raise ValueError(
-                f"objective.preserve must be at least 0 and unguided lie in [0, 1]; got {self.preserve} and "
-                f"{self.unguided}"
-            )
+            found = f"{self.preserve} and {self.unguided}"
+            raise ValueError(f"objective needs preserve of at least 0 and unguided in [0, 1]; got {found}")
 
     def check(self, sampler: Sampler) -> None:
         """The student jumps from edge to edge, without noise."""
@@ -66,7 +64,12 @@ class ICD(Objective):
                 f"sampler.times {list(sampler.times)} are not objective.boundaries.edges "
                 f"{list(self.boundaries.edges)}; let both be the same"
             )
-        refuse_noise(sampler)
+        refuse_fresh_noise(sampler)
+
+    def check_guidance(self, *, guided: bool, varies: bool, told: bool) -> None:
+        """The inverter learns one ODE, so an untold student must have one too."""
+        if varies and not told:
+            raise ValueError("teacher.guidance_range: iCD's inverter undoes one scale; use student.told_guidance too")
 
     def extras(self, student: Denoiser) -> dict[str, nn.Module]:
         """The forward model, which starts as the student does."""

@@ -63,7 +63,7 @@ class ICT(Objective):
 
     def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
         """Agreement of neighbours that share one noise."""
-        student, n = nets.student, self.intervals.intervals(step.index)
+        student, n = nets.student, self.intervals.at(step.index)
         eps, share = step.randn(batch.shape), step.rand(len(batch))
         grid = self.spacing.grid(student.schedule, student.sampler.times, n)
         levels = self.spacing.levels(student.schedule, grid)

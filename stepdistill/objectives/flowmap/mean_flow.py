@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.functional.distances import AdaptiveL2, Distance
-from stepdistill.models.denoiser import Cond, unscaled, with_null
+from stepdistill.models.denoiser import Cond, null_like, unscaled, with_null
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
 from stepdistill.parts.flow import CLOSEST, STRAIGHT, on_straight, only_jumps, start_time, straight
@@ -135,7 +135,7 @@ class MeanFlow(Objective):
     def mixed(self, nets: Nets, v: Tensor, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The guided velocity, (B, ...)."""
         u = straight(nets.student)
-        null = {key: nets.teacher.null[key].to(value).expand_as(value) for key, value in unscaled(cond).items()}
+        null = null_like(nets.teacher.null, unscaled(cond))
         v = self.omega * v + (1 - self.omega - self.kappa) * u(x_t, t, null, want="velocity", s=t)
         return v + self.kappa * u(x_t, t, cond, want="velocity", s=t) if self.kappa else v
 

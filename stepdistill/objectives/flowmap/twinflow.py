@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.functional.distances import Barron
-from stepdistill.models.denoiser import Cond, unscaled
+from stepdistill.models.denoiser import Cond, null_like, unscaled
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
 from stepdistill.parts.flow import CLOSEST, STRAIGHT, on_straight, only_jumps, start_state, start_time, straight
@@ -130,8 +130,7 @@ class TwinFlow(Objective):
         target, null, cond = straight(nets.target), nets.teacher.null, unscaled(cond)
         if not cond or not null:
             raise ValueError(f"objective.guidance {self.guidance} needs conditions and a null one; set it 0")
-        null = {k: null[k].to(value).expand_as(value) for k, value in cond.items()}
-        given, null = (target(x_t, t, c, want="velocity", s=t) for c in (cond, null))
+        given, null = (target(x_t, t, c, want="velocity", s=t) for c in (cond, null_like(null, cond)))
         return v + self.guidance * (given - null)
 
     def recursion(self, nets: Nets, out: Tensor, v: Tensor, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:

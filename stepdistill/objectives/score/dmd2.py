@@ -77,7 +77,7 @@ class DMD2(Objective):
         dm = pull(x0, gap)
         if not self.adversarial:
             return Loss(dm)
-        adv = self.gan.student_term(nets.disc, nets.teacher.schedule, x0, batch.cond, step)
+        adv = self.gan.student_term(nets.disc, nets.teacher.schedule, x0, batch.cond, step, real=batch.x0)
         return Loss(dm + self.gan.weight * adv, dm=dm, adv=adv)
 
     def critic_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.functional.fisher import sid_loss
-from stepdistill.models.denoiser import Cond, Denoiser, guided_prediction, unscaled, with_null
+from stepdistill.models.denoiser import Cond, Denoiser, guided_prediction, null_like, unscaled, with_null
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
 from stepdistill.parts.critic import denoising_loss
@@ -108,7 +108,7 @@ class ScaledCritic:
         """As ``Denoiser.forward``; one evaluation at scale 0, two in one batch at others."""
         cond = unscaled(cond)
         if self.scale == 0:
-            return self.critic(x_t, t, {k: self.null[k].to(v).expand_as(v) for k, v in cond.items()}, want=want)
+            return self.critic(x_t, t, null_like(self.null, cond), want=want)
         return guided_prediction(self.critic, self.null, torch.full_like(t, self.scale), x_t, t, cond, want=want)
 
 

@@ -47,6 +47,11 @@ class SNOOPI(Objective):
         """As the method it varies."""
         self.base.check(sampler)
 
+    def check_guidance(self, *, guided: bool, varies: bool, told: bool) -> None:
+        """It draws the scale itself."""
+        if varies:
+            raise ValueError("SNOOPI draws guidance itself, from objective.guidance; leave teacher.guidance_range out")
+
     def turns(self) -> tuple[Turn, ...]:
         """The student's update, then the critic's on the same samples."""
         return (
@@ -56,8 +61,6 @@ class SNOOPI(Objective):
 
     def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
         """Distribution matching at the scale just drawn."""
-        if "guidance" in batch.cond:
-            raise ValueError("snoopi draws guidance itself, from objective.guidance; leave teacher.guidance_range out")
         low, high = self.guidance
         drawn = step.rand(len(batch)) if self.per_sample else step.shared_rand()
         scale = (low + (high - low) * drawn).expand(len(batch))

@@ -42,7 +42,8 @@ class VSD(Objective):
     critic_guided: bool = True
     """Guide the critic at the teacher's scale, as the paper does: the student's fixed point is then the teacher without
     guidance. Off compares the guided teacher with the plain critic, as ``dmd2`` does, and the fixed point is guided.
-    The same thing where ``teacher.guidance`` is 1; the paper's is 4.5 to 7.5."""
+    The same thing where ``teacher.guidance`` is 1; the paper's is 4.5 to 7.5. A teacher that is told its scale
+    (FLUX.1 dev) has no null condition, and its critic is plain."""
     null_rate: float = 0.1
     """Share of conditions dropped when a guided critic is fitted, so that it knows the unconditional answer."""
     student_every: int = 1
@@ -56,6 +57,11 @@ class VSD(Objective):
     def check(self, sampler: Sampler) -> None:
         """A student of several steps must be trained on its own states."""
         refuse_one_step(self.rollout, sampler)
+
+    def check_guidance(self, *, guided: bool, varies: bool, told: bool) -> None:
+        """A guided critic must know both of its answers."""
+        if guided and self.critic_guided and self.null_rate == 0:
+            raise ValueError("objective.null_rate 0: a guided critic must know the null condition; use 0.1")
 
     def turns(self) -> tuple[Turn, ...]:
         """The student's update, then the critic's on the same samples."""
@@ -79,7 +85,7 @@ class VSD(Objective):
         with torch.no_grad():
             x_t, t, _ = renoise(schedule, x0, self.times, step)
             teacher_eps = nets.teacher(x_t, t, cond, want="eps")
-            if self.critic_guided:
+            if self.critic_guided and not nets.teacher.told:
                 critic_eps = nets.teacher.guide(nets.critic, x_t, t, cond, want="eps")
             else:
                 critic_eps = nets.critic(x_t, t, batch.cond, want="eps")
@@ -92,7 +98,7 @@ class VSD(Objective):
     def critic_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
         """Denoise the student's samples, some of them without their conditions."""
         cond = batch.cond
-        if self.critic_guided and self.null_rate > 0 and cond:
+        if self.critic_guided and self.null_rate > 0 and cond and not nets.teacher.told:
             dropped = step.rand(len(batch)) < self.null_rate
             cond = with_null(cond, nets.teacher.null, dropped)
         x0 = student_samples(self.rollout, nets, batch, step)

@@ -35,6 +35,13 @@ class GuidedDistillation(Objective):
     distance: Distance = field(default_factory=L2)
     """Between the two predictions."""
 
+    def check_guidance(self, *, guided: bool, varies: bool, told: bool) -> None:
+        """There must be something to learn."""
+        if not guided:
+            raise ValueError(
+                "teacher.guidance 1 leaves guided distillation nothing to learn: set it, or teacher.guidance_range"
+            )
+
     def turns(self) -> tuple[Turn, ...]:
         """One update of the student."""
         return (Turn(self.student_loss, moves=("student",)),)

@@ -70,6 +70,11 @@ class TSCD(Objective):
             )
         if not isinstance(sampler.rule, Ddim | Tcd):
             raise ValueError(f"sampler.rule {sampler.rule} does not jump from edge to edge; use Ddim() or Tcd(gamma)")
+        if sampler.rule not in (Ddim(), Tcd(0.0)) and sampler.steps > 1 and all(cut.count > 1 for cut in self.cuts):
+            raise ValueError(
+                f"sampler.rule {sampler.rule} jumps below the next edge, where nothing is trained; use Tcd(0.0), or "
+                "train one segment too, with objective.also"
+            )
 
     def serves(self, sampler: Sampler) -> tuple[Sampler, ...]:
         """The same rule on the edges of every cut."""
