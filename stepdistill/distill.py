@@ -22,7 +22,7 @@ from stepdistill.evaluation.records import Record, metric_info, save_records
 from stepdistill.evaluation.report import Grid, save_grid, write_report
 from stepdistill.export import add_figures, check_exportable, load_lines, load_student, save_pipeline
 from stepdistill.health import Health
-from stepdistill.logging import check_trackers
+from stepdistill.logging import check_trackers, read_lines
 from stepdistill.lora_files import save_lora
 from stepdistill.models.denoiser import Cond, Guided
 from stepdistill.models.families import Opened
@@ -33,7 +33,7 @@ from stepdistill.placement import sharded
 from stepdistill.recipe import Recipe, Teacher, encode
 from stepdistill.sampling import Ddim, Sampler, trailing
 from stepdistill.student import Student
-from stepdistill.validation import FILE, best_of, check_metric, read_lines, restore_best, validation_of
+from stepdistill.validation import FILE, best_of, check_metric, restore_best, validation_of
 
 PREVIEW_SEED = 1_000_003
 """Away from the seeds of evaluations."""

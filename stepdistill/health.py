@@ -7,6 +7,7 @@ line of health.jsonl depends on the networks of its step and on lines before it 
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from torch import Tensor
 from stepdistill import distributed
 from stepdistill.checkpoint import write_atomically
 from stepdistill.data import lent
+from stepdistill.evaluation.benchmark import as_saved
+from stepdistill.evaluation.comparison import contrast, saturation
+from stepdistill.evaluation.diversity import seed_diversity
+from stepdistill.logging import Line, read_lines
 from stepdistill.models.denoiser import Cond, Denoiser, Guided, unscaled
 from stepdistill.models.families import Opened
 from stepdistill.models.nets import Nets
@@ -25,7 +30,7 @@ from stepdistill.parts.discretisation import Karras
 from stepdistill.parts.times import Uniform, renoise
 from stepdistill.sampling import DpmPP2M, Sampler, sample, trailing
 from stepdistill.schedule import EDM, Schedule
-from stepdistill.symptoms import SYMPTOMS, Curves, Line, guessing, read_lines
+from stepdistill.symptoms import SYMPTOMS, Curves, guessing
 
 FILE = "health.jsonl"
 SEED = 1_000_033
@@ -42,10 +47,10 @@ class Health:
 
     A line of health.jsonl holds, with the teacher's own figure beside it as ``teacher_...``:
 
-    ``diversity``: spread between samples of one condition from different noise, root mean square, of samples as the
-    network makes them (latents). ``contrast`` and ``saturation``: of decoded images, standard deviation of grey values
-    within an image, and mean range over colour channels. ``outside``: share of values beyond the teacher's largest.
-    ``average_gap``: root-mean-square distance of the average's samples from the student's, over the teacher's spread.
+    ``diversity``: ``spread`` of samples as the network makes them (latents). ``contrast`` and ``saturation``: means
+    over decoded images, see ``stepdistill.evaluation.comparison``. ``outside``: share of values beyond 1.25 times the
+    teacher's largest. ``average_gap``: root-mean-square distance of the average's samples from the student's, over the
+    teacher's diversity.
     ``critic_error`` and ``teacher_error``: denoising losses of critic and unguided teacher on the student's samples,
     at the same times under the same noise. ``start_gap``, at step 0 alone: relative distance of the student's
     predictions from the unguided teacher's. ``warnings``: what was new at that step, by the name of the check.
@@ -112,8 +117,8 @@ class Health:
         mine = self._samples(student, student.sampler, device)
         figures |= self._looks(mine) | known
         figures["outside"] = float((mine.abs() > BEYOND * known["teacher_largest"]).double().mean())
-        spread = max(known["teacher_diversity"], 1e-12)
-        figures["average_gap"] = _rms(self._samples(nets.ema, nets.ema.sampler, device) - mine) / spread
+        scale = max(known["teacher_diversity"], 1e-12)
+        figures["average_gap"] = _rms(self._samples(nets.ema, nets.ema.sampler, device) - mine) / scale
         if "critic" in nets:
             plain = given if teacher.told else unscaled(given)
             figures["critic_error"] = float(denoising_loss(nets.critic, mine, given, Uniform(), _step(device)))
@@ -124,11 +129,14 @@ class Health:
         return sample(predict, self.shape, self.cond, sampler, seed=SEED, batch=self.at_once, device=device)
 
     def _looks(self, samples: Tensor) -> Figures:
-        """Figures of samples (seeds * columns, ...) alone."""
+        """Figures of samples (seeds * columns, ...) alone; NaN if a sample or an image is not finite."""
         with lent(self.opened, samples.device, vae=True):
             images = self.opened.decode(samples, self.at_once)
-        figures = {"diversity": diversity(samples, self.columns), "contrast": contrast(images)}
-        return figures | ({"saturation": saturation(images)} if images.shape[1] == 3 else {})
+        if not bool(samples.isfinite().all() and images.isfinite().all()):
+            return dict.fromkeys(("diversity", "contrast", "saturation"), math.nan)
+        seen = as_saved(images)
+        tone = {"contrast": float(contrast(seen).mean()), "saturation": float(saturation(seen).mean())}
+        return {"diversity": spread(samples, self.columns)} | tone
 
     def _warn(self, line: Line) -> None:
         """Say what no line before has said, and keep it in this one."""
@@ -160,24 +168,17 @@ _WATCHED = tuple(symptom for symptom in SYMPTOMS if symptom is not guessing)  # 
 _OF_TEACHER = ("teacher_diversity", "teacher_contrast", "teacher_saturation", "teacher_largest")
 
 
-def diversity(samples: Tensor, columns: int) -> float:
-    """Spread between seeds of one condition: the root of the variance over seeds, its mean over all else.
+def spread(samples: Tensor, columns: int) -> float:
+    """Mean distance between samples of one condition from different noise, per number and over sqrt(2).
+
+    Of independent numbers with standard deviation s it is s, within 1 / (4 D) for D of them.
 
     Args:
         samples: (seeds * columns, ...); every row of ``columns`` asks for the same conditions.
         columns: conditions that differ.
     """
-    return float(samples.double().unflatten(0, (-1, columns)).var(0).mean().sqrt())
-
-
-def contrast(images: Tensor) -> float:
-    """Mean over images (N, C, ...) of the standard deviation of grey values, in units of [-1, 1]."""
-    return float(images.double().mean(1).flatten(1).std(1).mean())
-
-
-def saturation(images: Tensor) -> float:
-    """Mean range over the colour channels of images (N, 3, ...), in units of [-1, 1]; 0 is grey."""
-    return float((images.amax(1) - images.amin(1)).double().mean())
+    vectors = samples.flatten(1).unflatten(0, (-1, columns))
+    return float(seed_diversity(vectors).mean()) / math.sqrt(2 * vectors.shape[2])
 
 
 def teacher_sampler(schedule: Schedule) -> Sampler:

@@ -8,16 +8,12 @@ of its contrast, and have up to 0.75 % of their values outside; two that failed 
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
-Line = dict[str, Any]
-"""One line of metrics.jsonl or health.jsonl: ``step``, and figures by name."""
+from stepdistill.logging import CHANCE, PATIENCE, Line
 
 DIVERSITY = 0.5
 """Share of the teacher's spread between seeds below which a student has collapsed."""
@@ -29,10 +25,8 @@ WORSE = 1.1
 """Critic's error over that of the network it started from, on the same samples, from which it lags."""
 LAG = 0.5
 """Distance of averaged from current samples, in spreads of the teacher's, from which the average lags."""
-CHANCE, SURE = 0.55, 0.98
-"""Accuracies below and above which a discriminator teaches nothing; 0.5 is guessing."""
-PATIENCE = 300
-"""Steps in a row that a discriminator may stay there."""
+SURE = 0.98
+"""Accuracy above which a discriminator teaches nothing; below ``CHANCE`` it guesses."""
 SPIKE = 10.0
 """Gradient norm over the median of the lines before."""
 SMALLEST_SCALE = 2.0**8
@@ -77,22 +71,6 @@ class Curves:
 
 
 Symptom = Callable[[Curves], Iterator[Finding]]
-
-
-def read_lines(path: Path) -> list[Line]:
-    """The lines of a JSON lines file of a run, up to a torn or damaged one; none where there is no file."""
-    if not path.is_file():
-        return []
-    lines: list[Line] = []
-    for text in path.read_bytes().splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:  # of the text or of its encoding
-            break
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            break
-        lines.append(line)
-    return lines
 
 
 # Of samples

@@ -20,6 +20,7 @@ from stepdistill import distributed
 from stepdistill.checkpoint import write_atomically
 from stepdistill.evaluation.benchmark import all_pictures, conditions, evaluator_for
 from stepdistill.evaluation.records import METRICS, metric_info
+from stepdistill.logging import Line, read_lines
 from stepdistill.models.families import Opened
 from stepdistill.recipe import Evaluation, suggest
 from stepdistill.student import Student
@@ -157,22 +158,9 @@ def best_file(folder: Path, step: int) -> Path:
     return folder / FOLDER / f"{step:08d}.safetensors"
 
 
-def best_of(lines: Sequence[Scores], metric: str) -> int:
+def best_of(lines: Sequence[Line], metric: str) -> int:
     """The first step at which a metric was best; without a metric the last."""
     if not metric:
         return int(lines[-1]["step"])
     sign = 1 if metric_info(metric).better == "lower" else -1
     return int(min(lines, key=lambda line: sign * line[metric])["step"])
-
-
-def read_lines(path: Path) -> list[Scores]:
-    """The lines of an ``evaluations.jsonl``, without a torn last one; none where there is no file."""
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines

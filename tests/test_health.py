@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
-import itertools
 import json
+import math
 import signal
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
 from stepdistill.build import build, guided, open_teacher
 from stepdistill.data import DigitsData
-from stepdistill.distill import health_of
-from stepdistill.health import BEYOND, FILE, Health, contrast, diversity, saturation, teacher_sampler
+from stepdistill.health import BEYOND, FILE, Health, spread, teacher_sampler
 from stepdistill.models.families import Opened
 from stepdistill.objective import Batch, Step
 from stepdistill.objectives import DMD2
+from stepdistill.placement import Placement
 from stepdistill.recipe import Recipe, Teacher
 from stepdistill.sampling import Sampler, trailing
 from stepdistill.schedule import EDM, RectifiedFlow
 from stepdistill.symptoms import Curves, Finding
 from stepdistill.trainer import AdamW, Run, Trainer
+from tests.processes import together
 
 RECIPE = Recipe(
     teacher=Teacher("bundled:digits"),
     objective=DMD2(student_every=2),
     data=DigitsData(),
-    optim={name: AdamW(1e-3) for name in ("student", "critic", "disc")},
+    optim={name: AdamW(1e-4) for name in ("student", "critic", "disc")},
     sampler=Sampler(trailing(2)),
     run=Run(steps=7, batch=4, log_every=2, save_every=2, health_every=3, ema=0.5),
 )
+COND = {"class_labels": torch.tensor([3, 7, 3, 7])}
+"""Two samples of each of two digits."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def trainer_of(opened: Opened, out: Path, every: int = 3) -> Trainer:
     trainer = build(recipe, opened=opened, out=out).trainer
     trainer.resume()
     if every:
-        trainer.health = health_of(opened, recipe, out, trainer.index)
+        trainer.health = Health(opened, COND, 2, 2, out, steps=7, done=trainer.index)
     return trainer
 
 
@@ -66,29 +68,11 @@ def whole(opened: Opened, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tra
 # What is measured
 
 
-def test_diversity_is_half_the_mean_squared_distance_of_pairs_of_seeds() -> None:
-    """Var = E|x - y|^2 / 2 over pairs, by loops; conditions that differ do not count as diversity."""
-    x = torch.randn(4 * 3, 2, 5)
-    x[::3] += 100  # the first condition of three
-    pairs = [
-        float((x[a * 3 + c] - x[b * 3 + c]).double().square().mean()) / 2
-        for c in range(3)
-        for a, b in itertools.combinations(range(4), 2)
-    ]
-    assert_close(diversity(x, 3), (sum(pairs) / len(pairs)) ** 0.5)
-    assert diversity(x[:3].repeat(4, 1, 1), 3) == 0
-
-
-def test_contrast_is_the_deviation_of_grey_values_within_images() -> None:
-    images = torch.rand(5, 3, 6, 7) * 2 - 1
-    assert_close(
-        contrast(images), float(np.mean([np.std(i.mean(0).numpy(), ddof=1) for i in images])), rtol=1e-5, atol=0
-    )
-
-
-def test_saturation_is_the_range_over_colours() -> None:
-    grey, red = torch.full((1, 3, 2, 2), 0.3), torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
-    assert saturation(grey) == 0 and saturation(red) == 2 and saturation(torch.cat([grey, red])) == 1
+def test_spread_is_the_deviation_of_independent_numbers() -> None:
+    x = 3 * torch.randn(8 * 2, 1, 30, 40)
+    x[::2] += 100  # conditions that differ do not count
+    assert_close(spread(x, 2), 3.0, rtol=0.02, atol=0)
+    assert spread(x[:2].repeat(8, 1, 1, 1), 2) == 0
 
 
 def test_the_first_line_says_that_critic_and_student_are_the_teacher(whole: tuple[Trainer, Path]) -> None:
@@ -99,7 +83,7 @@ def test_the_first_line_says_that_critic_and_student_are_the_teacher(whole: tupl
     assert all("start_gap" not in line and line["average_gap"] > 0 for line in lines[1:])
     assert all(line["critic_error"] != line["teacher_error"] for line in lines[1:])
     assert len({line["teacher_diversity"] for line in lines}) == 1
-    assert all("saturation" not in line for line in lines)  # digits are grey
+    assert all(line["saturation"] == 0 for line in lines)  # digits are grey
 
 
 def test_a_student_that_is_not_its_teacher_at_the_start_shows(opened: Opened, tmp_path: Path) -> None:
@@ -107,6 +91,15 @@ def test_a_student_that_is_not_its_teacher_at_the_start_shows(opened: Opened, tm
     with torch.no_grad():
         trainer.nets.student.net.conv_out.weight.mul_(1.5)
     assert trainer.health(trainer.nets, 0)["start_gap"] > 0.05
+
+
+def test_samples_that_are_not_finite_are_a_figure_and_a_warning(opened: Opened, tmp_path: Path) -> None:
+    trainer = trainer_of(opened, tmp_path)
+    trainer.health(trainer.nets, 0)
+    with torch.no_grad():
+        trainer.nets.student.net.conv_out.bias.fill_(math.nan)
+    with pytest.warns(UserWarning, match="step 3: NaN or infinity: diversity is nan at step 3 in health.jsonl"):
+        assert math.isnan(trainer.health(trainer.nets, 3)["contrast"])
 
 
 def test_values_beyond_the_teachers_are_counted(opened: Opened, tmp_path: Path) -> None:
@@ -183,6 +176,33 @@ def stopping(data: Callable[[Step], Batch], index: int) -> Callable[[Step], Batc
         return data(step)
 
     return source
+
+
+def watched(folder: Path) -> list[list[dict[str, float]]]:
+    """What each call of health returns in this process: of a run of two steps, and of one with networks in shards."""
+    torch.set_num_threads(1)
+    opened = open_teacher(RECIPE.teacher)
+    found = []
+    for shard in (False, True):
+        recipe = replace(RECIPE, run=replace(RECIPE.run, steps=2, health_every=1), placement=Placement(shard=shard))
+        out, figures = folder / f"sharded {shard}", []
+        trainer = build(recipe, opened=opened, out=out).trainer
+        health = Health(opened, COND, 2, 2, out, steps=2)
+        trainer.health = lambda nets, index, do=health, figures=figures: figures.append(do(nets, index)) or figures[-1]
+        trainer.fit()
+        found.append(figures)
+    return found
+
+
+def test_two_processes_measure_the_same_and_one_writes(tmp_path: Path) -> None:
+    both = together(2, watched, tmp_path)
+    for shard, one, other in zip((False, True), *both, strict=True):
+        lines = [json.loads(line) for line in (tmp_path / f"sharded {shard}" / FILE).read_text().splitlines()]
+        assert [line["step"] for line in lines] == [0, 1, 2] and len(one) == 3
+        for mine, theirs, line in zip(one, other, lines, strict=True):
+            assert mine == theirs == {k: line[k] for k in mine}
+    # the critic learns from the same global batch whole and in shards
+    assert both[0][0][2]["critic_error"] == pytest.approx(both[0][1][2]["critic_error"], rel=1e-4)
 
 
 # What it says

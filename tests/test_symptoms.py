@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
-from stepdistill.symptoms import SYMPTOMS, Curves, Line, read_lines
+from stepdistill.logging import Line
+from stepdistill.symptoms import SYMPTOMS, Curves
 
 TEACHER = {"teacher_diversity": 0.4, "teacher_contrast": 0.7, "teacher_saturation": 0.5, "teacher_largest": 1.1}
 SOUND = {"diversity": 0.38, "contrast": 0.7, "saturation": 0.5, "outside": 0.0, "average_gap": 0.1}
@@ -112,12 +110,3 @@ def test_a_finding_is_one_line_with_cause_and_cure() -> None:
     (finding,) = [f for s in SYMPTOMS for f in s(curves)]
     text = str(finding)
     assert "\n" not in text and "25%" in text and "Likely cause:" in text and "What to do:" in text
-
-
-def test_lines_are_read_up_to_a_torn_or_foreign_one(tmp_path: Path) -> None:
-    file = tmp_path / "lines.jsonl"
-    assert read_lines(file) == []
-    good = [json.dumps({"step": i}) for i in (1, 2)]
-    for bad in ('{"step": 3', "[1]", '{"step": "3"}', "\\xff"):
-        file.write_bytes("\n".join([*good, bad]).encode() + (b"\xff" if bad[0] == "\\" else b""))
-        assert [line["step"] for line in read_lines(file)] == [1, 2]

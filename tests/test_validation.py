@@ -14,11 +14,12 @@ from torch import nn
 from stepdistill.data import TeacherPairs
 from stepdistill.distill import distill, evaluate_and_report
 from stepdistill.export import load_student
+from stepdistill.logging import read_lines
 from stepdistill.objectives import KD
 from stepdistill.recipe import Evaluation, Recipe, Teacher, Weights
 from stepdistill.sampling import Sampler, trailing
 from stepdistill.trainer import AdamW, Run, Trainer
-from stepdistill.validation import SEED, Validation, best_file, best_of, check_metric, read_lines, restore_best
+from stepdistill.validation import SEED, Validation, best_file, best_of, check_metric, restore_best
 
 PLAN = Evaluation(n=20, teacher_steps=(1,), every=2, keep_best="fd")
 RECIPE = Recipe(

@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stepdistill.doctor.run import Check, Examined
-from stepdistill.symptoms import SYMPTOMS, Finding, Line
+from stepdistill.logging import Line
+from stepdistill.symptoms import SYMPTOMS, Finding
 
 QUIET = 3600.0
 """Seconds without a new line after which a run that is not finished counts as stopped."""
@@ -86,15 +87,16 @@ def metrics_end_early(run: Examined) -> Iterator[Finding]:
     """Lines of metrics.jsonl that are torn, missing, or fewer than steps were done."""
     path, lines, steps = run.folder / "metrics.jsonl", run.curves.metrics, run.recipe.run.steps
     last = lines[-1]["step"] if lines else 0
-    finished = run.pipeline.is_dir()
-    reached = steps if finished else run.done // run.recipe.run.log_every * run.recipe.run.log_every
+    finished, plan = run.pipeline.is_dir(), run.recipe.evaluation
+    early = plan is not None and plan.patience > 0  # such a run may have ended anywhere
+    reached = steps if finished and not early else run.done // run.recipe.run.log_every * run.recipe.run.log_every
     if last < reached:
         torn = path.is_file() and len(path.read_bytes().splitlines()) > len(lines)
         found = f"its line {len(lines) + 1} cannot be read" if torn else f"it ends at step {last}"
         yield Finding(
             "metrics_end_early",
             "metrics.jsonl ends early",
-            f"{found}, and the run has done {steps if finished else run.done} steps",
+            f"{found}, and the run has done {steps if finished and not early else run.done} steps",
             "a file that was changed or cut, or a full disk",
             "free the disk; figures that are lost come back with a run resumed from an older checkpoint only",
         )

@@ -15,10 +15,11 @@ from stepdistill.build import open_teacher
 from stepdistill.checkpoint import Checkpoints, read_checkpoint
 from stepdistill.exported import load_student
 from stepdistill.health import FILE
+from stepdistill.logging import read_lines
 from stepdistill.models.families import Opened
 from stepdistill.recipe import Recipe
 from stepdistill.student import Student
-from stepdistill.symptoms import Curves, Finding, read_lines
+from stepdistill.symptoms import Curves, Finding
 
 
 @dataclass(frozen=True)

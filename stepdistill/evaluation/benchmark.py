@@ -255,10 +255,20 @@ def pictures(
         part = {k: v[start : start + at_once] for k, v in cond.items()}
         shape = (min(at_once, n - start), *opened.sample_shape)
         latents = sample(predict, shape, part, sampler, seed=seed, first=start, device=device)
-        images = opened.decode(latents)
-        if images.ndim == 5:  # of a video the first, the middle and the last frame, side by side
-            images = torch.cat([images[:, :, t] for t in (0, images.shape[2] // 2, -1)], -1)
-        yield to_uint8(images).cpu()
+        yield as_saved(opened.decode(latents)).cpu()
+
+
+def as_saved(images: Tensor) -> Tensor:
+    """Decoded images (B, C, H, W), or videos (B, C, T, H, W), nominally in [-1, 1], as uint8 (B, 3, H, W).
+
+    Of a video the first, the middle and the last frame are put side by side.
+
+    Raises:
+        ValueError: if a value is not finite.
+    """
+    if images.ndim == 5:
+        images = torch.cat([images[:, :, t] for t in (0, images.shape[2] // 2, -1)], -1)
+    return to_uint8(images)
 
 
 def all_pictures(
