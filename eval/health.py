@@ -47,7 +47,7 @@ def measured(folder: Path) -> Figures:
             nets[role].load_state_dict(run.state(role), strict=False)  # of adapters a checkpoint holds nothing else
     with TemporaryDirectory() as aside, torch.no_grad():
         health = health_of(opened, recipe, Path(aside), 0)
-        figures = health._figures(nets, first=False)
+        figures = health.figures(nets, first=False)
     ratios = {f"{name}_ratio": figures[name] / figures[f"teacher_{name}"] for name in ("diversity", "contrast")}
     if figures["teacher_saturation"]:
         ratios["saturation_ratio"] = figures["saturation"] / figures["teacher_saturation"]

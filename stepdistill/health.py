@@ -94,7 +94,7 @@ class Health:
             OSError: if the line cannot be written.
         """
         with torch.no_grad(), torch.random.fork_rng():  # a decoder or a dropout may draw from the global stream
-            figures = self._figures(nets, first=index == 0)
+            figures = self.figures(nets, first=index == 0)
         line: Line = {"step": index, **figures}
         self.lines.append(line)
         if distributed.is_main():
@@ -102,7 +102,8 @@ class Health:
             self._append(line)
         return figures
 
-    def _figures(self, nets: Nets, *, first: bool) -> Figures:
+    def figures(self, nets: Nets, *, first: bool) -> Figures:
+        """All figures of a line; those of the start too at the ``first``. Nothing is kept."""
         student, teacher = nets.student, nets.teacher
         device = next(student.parameters()).device  # others may rest elsewhere until they are called
         given = {k: v.to(device) for k, v in self.cond.items()}

@@ -1,31 +1,12 @@
-"""Damaged checkpoints under a run that is resumed: a fuzzer's first examples.
-
-``python eval/fuzz_runs.py`` tries thousands; FUZZ_EXAMPLES sets the number here.
-"""
+"""Damaged checkpoints under a run that is resumed: a fuzzer's first examples."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import sys
-from pathlib import Path
-
 import pytest
 
-pytest.importorskip("hypothesis")
-SPEC = importlib.util.spec_from_file_location(
-    "fuzz_runs", Path(__file__).resolve().parents[1] / "eval" / "fuzz_runs.py"
-)
-fuzz_runs = sys.modules["fuzz_runs"] = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(fuzz_runs)
-
-ATTACKS = [name for name in fuzz_runs.ATTACKS if name.startswith("checkpoint")]
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150")) // len(ATTACKS)
+from tests.fuzzing import fuzz, tried
 
 
-@pytest.mark.parametrize("name", ATTACKS)
-def test_whatever_is_in_them_the_run_is_sound_or_there_is_one_clear_line(name: str) -> None:
-    ended = fuzz_runs.attack(name, EXAMPLES)
-    assert sum(ended.values()) >= EXAMPLES
-    if EXAMPLES >= 50:
-        assert ended["refused"] and ended["resumed"], "the attack meets one kind of input only"
+@pytest.mark.parametrize("name", fuzz.KINDS["checkpoints"])
+def test_whatever_is_in_them_a_good_state_comes_back_or_there_is_one_clear_line(name: str) -> None:
+    tried(name)
