@@ -16,6 +16,8 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,7 @@ def attack(name: str, examples: int, chunk: int = 0) -> Counter[Ended]:
     def one(data: st.DataObject) -> None:
         folder = Path(tempfile.mkdtemp())
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), redirect_stderr(StringIO()):  # no bars
                 warnings.simplefilter("ignore")
                 found[ATTACKS[name](data.draw, folder)] += 1
         finally:

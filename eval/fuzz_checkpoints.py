@@ -171,6 +171,7 @@ def _resumed(draw: Draw, folder: Path, damage: Callable[[Draw, Path], None]) -> 
         resumed = trainer.resume()
     except (ValueError, OSError) as error:
         assert_one_clear_line(str(error))
+        assert str(folder) in str(error), f"it does not say which file: {error}"
         resumed = None
     after = files(folder)
     metrics = str(folder / "metrics.jsonl")

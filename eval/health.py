@@ -62,7 +62,7 @@ def main() -> None:
     torch.set_num_threads(1)
     found = json.loads(asked.out.read_text()) if asked.out and asked.out.is_file() else {}
     for folder in asked.runs:
-        name = "/".join(folder.parts[-2:])
+        name = "/".join(folder.parts[-3:])
         if name in found:
             continue
         try:

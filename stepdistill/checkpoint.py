@@ -170,8 +170,12 @@ class Checkpoints:
             window = {k: ([float(v) for v in sums], int(count)) for k, (sums, count) in meta["window"].items()}
             scales = {k: (float(scale), int(clean)) for k, (scale, clean) in meta["scales"].items()}
             done = Progressed(int(meta["index"]), window, scales)
+            if done.index < 0:
+                raise ValueError(f"step {done.index}")
             _restore(path, meta, tensors, nets, optimizers)
-        except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+        except _OtherRun:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
             # its checksum is right, so this is what somebody has written
             raise ValueError(
                 f"checkpoint {path} does not hold what this run needs ({type(error).__name__}: {error}); move it away, "
@@ -240,6 +244,10 @@ def read_checkpoint(path: Path, *, verify: bool = False) -> tuple[dict[str, Any]
     return meta, tensors
 
 
+class _OtherRun(ValueError):
+    """Said in words of our own."""
+
+
 def _restore(
     path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor], nets: Nets, optimizers: Mapping[str, Optimizer]
 ) -> None:
@@ -248,7 +256,7 @@ def _restore(
     unlike = [k for k in stored if k in current and _kind(stored[k]) != _kind(current[k])]
     wrong = sorted(stored.keys() ^ current.keys()) or unlike
     if wrong or set(meta["groups"]) != set(optimizers):
-        raise ValueError(f"checkpoint {path} belongs to another recipe: {(wrong or sorted(meta['groups']))[0]} differs")
+        raise _OtherRun(f"checkpoint {path} belongs to another recipe: {(wrong or sorted(meta['groups']))[0]} differs")
     with torch.no_grad():
         for key, value in current.items():
             value.copy_(_as(value, stored[key]))
@@ -262,11 +270,24 @@ def _restore(
                 like = params[int(i)]
                 expected = {"exp_avg": _kind(like), "exp_avg_sq": _kind(like), "step": ((), torch.float32)}  # AdamW's
                 if _kind(value) != expected.get(slot, _kind(value)):
-                    raise ValueError(f"checkpoint {path} belongs to another recipe: {key} differs")
+                    raise _OtherRun(f"checkpoint {path} belongs to another recipe: {key} differs")
                 state.setdefault(int(i), {})[slot] = _as(like, value) if value.shape == like.shape else value
         if any({"exp_avg", "exp_avg_sq"} & set(slots) and len(slots) < 3 for slots in state.values()):
-            raise ValueError(f"checkpoint {path} is incomplete: some of {name}'s weights lack a part of their state")
-        optimizer.load_state_dict({"state": state, "param_groups": meta["groups"][name]})
+            raise _OtherRun(f"checkpoint {path} is incomplete: some of {name}'s weights lack a part of their state")
+        groups = optimizer.state_dict()["param_groups"]
+        settings = [_settings(*pair) for pair in zip(groups, meta["groups"][name], strict=True)]
+        optimizer.load_state_dict({"state": state, "param_groups": settings})
+
+
+def _settings(here: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's settings with the numbers that a checkpoint holds for it; how it computes is this machine's."""
+    found = dict(here)
+    for name, value in here.items():
+        if isinstance(value, float):
+            found[name] = float(stored[name])
+        elif isinstance(value, tuple):
+            found[name] = tuple(float(new) for new, _ in zip(stored[name], value, strict=True))
+    return found
 
 
 def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:

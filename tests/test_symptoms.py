@@ -60,8 +60,8 @@ def test_tone_that_comes_nearer_is_left_to_come() -> None:
 
 
 def test_outputs_that_leave_the_teachers_range_are_named() -> None:
-    assert found(health({}, {"outside": 0.03})) == ["out_of_range"]
-    assert found(health({}, {"outside": 0.01})) == []
+    assert found(health({}, {"outside": 0.04})) == ["out_of_range"]
+    assert found(health({}, {"outside": 0.02})) == []
     assert found(health({"outside": 0.1}, {"outside": 0.05})) == []  # a start that mends itself
 
 
