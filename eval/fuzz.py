@@ -71,10 +71,10 @@ def attack(name: str, examples: int, chunk: int = 0) -> Counter[Ended]:
     return found
 
 
-def summary(attacks: dict[str, Any]) -> dict[str, Any]:
-    """Counts of every attack and of every kind, and what they took."""
+def summary(attacks: dict[str, Any], peak: int = 0) -> dict[str, Any]:
+    """Counts of every attack and of every kind, and the most memory that a process took, earlier ones too."""
     kinds = {kind: sum(attacks[name]["tried"] for name in names if name in attacks) for kind, names in KINDS.items()}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    peak = max(peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
     return {"tried": sum(kinds.values()), "by_kind": kinds, "peak_memory_mib": peak, "attacks": attacks}
 
 
@@ -90,7 +90,8 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
     names = [asked.only] if asked.only else list(ATTACKS)
     goal = -(-asked.examples // len(names))
-    attacks = json.loads(asked.out.read_text())["attacks"] if asked.out and asked.out.is_file() else {}
+    before = json.loads(asked.out.read_text()) if asked.out and asked.out.is_file() else {}
+    attacks, peak = before.get("attacks", {}), before.get("peak_memory_mib", 0)
     for name in names:
         row = attacks.setdefault(name, {"tried": 0, "chunks": 0, "seconds": 0.0, "ended": {}})
         while row["tried"] < goal:
@@ -101,10 +102,10 @@ def main() -> None:
             row["seconds"] = round(row["seconds"] + time.monotonic() - start, 1)
             row["ended"] = dict(Counter(row["ended"]) + ended)
             if asked.out:
-                text = json.dumps(summary(attacks), indent=2) + "\n"
+                text = json.dumps(summary(attacks, peak), indent=2) + "\n"
                 write_atomically(asked.out, lambda aside: aside.write_text(text))  # noqa: B023
         print(f"{name}: {row['tried']} tried, {row['ended']}, {row['seconds']:.0f} s", flush=True)
-    print({k: v for k, v in summary(attacks).items() if k != "attacks"})
+    print({k: v for k, v in summary(attacks, peak).items() if k != "attacks"})
 
 
 if __name__ == "__main__":

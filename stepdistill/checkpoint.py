@@ -245,7 +245,7 @@ def read_checkpoint(path: Path, *, verify: bool = False) -> tuple[dict[str, Any]
 
 
 class _OtherRun(ValueError):
-    """Said in words of our own."""
+    """A checkpoint that some other run has written, or nobody's."""
 
 
 def _restore(

@@ -81,9 +81,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(2)  # the one that was has said why
         if debug:
             traceback.print_exc()
-        if not isinstance(error, ValueError | OSError | FloatingPointError):
+        said = _one_line(str(error))
+        if _is_out_of_memory(error):
+            said = f"out of memory: {said or 'too much was asked for'}; a smaller run.batch or data.count takes less"
+        elif not isinstance(error, ValueError | OSError | FloatingPointError):
             raise
-        print(f"stepdistill: {_one_line(str(error))}", file=sys.stderr)
+        print(f"stepdistill: {said}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -91,6 +94,11 @@ def _one_line(text: str, longest: int = 1000) -> str:
     """An error to read at a glance; of one that quotes a page of input both ends: where it is, and how to mend it."""
     line = " ".join(text.split())
     return line if len(line) <= longest else f"{line[: longest * 2 // 3]} ... {line[-longest // 4 :]}"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether this is how Python, torch on a card, or torch on the CPU says so."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _parse(kind: type, args: list[str], command: str, **options: Any) -> Any:

@@ -549,3 +549,14 @@ def test_an_interrupted_run_exits_with_130_and_goes_on_when_it_is_resumed(
     assert (out / "checkpoints" / f"{done + 3:08d}.safetensors").is_file()
     logged = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert logged == list(range(1, done + 4))
+
+
+@pytest.mark.parametrize("asked", [lambda args: torch.empty(10**14), lambda args: bytearray(10**15)])
+def test_more_memory_than_there_is_gets_one_line(
+    asked: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(COMMANDS, "methods", asked)
+    with pytest.raises(SystemExit) as stopped:
+        main(["methods"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("stepdistill: out of memory: ")
