@@ -334,7 +334,7 @@ def test_bench_knows_a_runs_method(run: Run, finished: Path, tmp_path: Path) -> 
     ("args", "pattern"),
     [
         (["distil"], "no command 'distil'; did you mean 'distill'"),
-        (["xyz"], "no command 'xyz'; there are bench, distill, methods, plan, quickstart, sample"),
+        (["xyz"], "no command 'xyz'; there are bench, distill, doctor, methods, plan, quickstart, sample"),
         (["distill", "digits_kdd"], "recipe 'digits_kdd': not known; did you mean 'digits_kd"),
         (["distill", "nowhere.py"], "recipe 'nowhere.py': no such file"),
         (["distill", "nowhere.json"], "recipe 'nowhere.json': no such file"),

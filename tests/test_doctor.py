@@ -26,7 +26,7 @@ from stepdistill.export import WEIGHTS, save_pipeline
 from stepdistill.objectives import DMD2
 from stepdistill.parts.gan import Gan
 from stepdistill.parts.rollout import BackwardSim, FromData
-from stepdistill.recipe import Recipe, Teacher, Weights
+from stepdistill.recipe import Evaluation, Recipe, Teacher, Weights
 from stepdistill.sampling import Ddim, Renoise, Sampler, trailing
 from stepdistill.trainer import AdamW, Run
 
@@ -36,7 +36,7 @@ SOUND = Recipe(
     data=DigitsData(),
     optim={name: AdamW(1e-4) for name in ("student", "critic")},
     sampler=Sampler(trailing(4), Ddim()),
-    run=Run(steps=20, batch=8, ema=0.7, log_every=2, save_every=10, health_every=5),
+    run=Run(steps=20, batch=8, ema=0.7, log_every=2, save_every=10, health_every=10),
 )
 NEWEST = "checkpoints/00000020.safetensors"
 
@@ -97,7 +97,7 @@ def test_a_sound_run_is_healthy_and_nothing_of_it_changes(sound: Path) -> None:
 
 def test_a_sound_run_of_adapters_behind_a_warm_start_is_healthy(tmp_path: Path) -> None:
     adapters = Weights("lora", rank=2, targets=("conv1",))
-    first = replace(SOUND, student=adapters, critic=adapters, run=replace(SOUND.run, steps=6, save_every=3, ema=0.3))
+    first = replace(SOUND, student=adapters, critic=adapters, run=replace(SOUND.run, steps=6, save_every=3, health_every=0, ema=0.3))
     recipe = replace(first, warm_start=first)
     distill(recipe, tmp_path)
     stage, whole = diagnose(tmp_path)
@@ -216,6 +216,17 @@ def test_metrics_that_end_early_or_are_torn_or_have_gaps(run: Path) -> None:
     file.write_text("".join(lines[:3] + lines[5:]))
     (finding,) = diagnose(run, checks=QUICK)[0].findings
     assert finding.check == "metrics_have_gaps" and "2 lines are missing, the first at step 8" in finding.evidence
+
+
+def test_a_run_that_stopped_early_may_end_anywhere(run: Path) -> None:
+    (run / NEWEST).unlink()
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:5]))  # to step 10, as the checkpoint
+    assert found(run) == ["metrics_end_early"]
+    rewrite(run, replace(SOUND, evaluation=Evaluation(every=5, keep_best="fd", patience=1)))
+    assert found(run) == []
+    (run / "metrics.jsonl").write_text("".join(lines[:4]))
+    assert found(run) == ["metrics_end_early"]
 
 
 def test_a_run_that_nobody_goes_on_with(run: Path) -> None:

@@ -226,6 +226,14 @@ def test_a_symptom_is_warned_about_once_and_kept_in_its_line(
     assert [line.get("warnings", {}).keys() for line in lines] == [set(), {"ill"}, set(), set()]
 
 
+def test_a_run_that_stops_early_is_measured_there_once(opened: Opened, tmp_path: Path) -> None:
+    trainer = trainer_of(opened, tmp_path)
+    trainer.watch = lambda student, index: index >= 2
+    trainer.fit()
+    lines = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 2]
+
+
 def test_a_line_that_cannot_be_written_says_so(opened: Opened, tmp_path: Path) -> None:
     trainer = trainer_of(opened, tmp_path)
     (tmp_path / FILE).mkdir()
