@@ -97,7 +97,8 @@ def test_a_sound_run_is_healthy_and_nothing_of_it_changes(sound: Path) -> None:
 
 def test_a_sound_run_of_adapters_behind_a_warm_start_is_healthy(tmp_path: Path) -> None:
     adapters = Weights("lora", rank=2, targets=("conv1",))
-    first = replace(SOUND, student=adapters, critic=adapters, run=replace(SOUND.run, steps=6, save_every=3, health_every=0, ema=0.3))
+    run = replace(SOUND.run, steps=6, save_every=3, health_every=0, ema=0.3)
+    first = replace(SOUND, student=adapters, critic=adapters, run=run)
     recipe = replace(first, warm_start=first)
     distill(recipe, tmp_path)
     stage, whole = diagnose(tmp_path)
