@@ -287,8 +287,8 @@ def digits_scm(steps: int = 1) -> Recipe:
     """Continuous-time consistency along the teacher's ODE."""
     _refuse_steps(steps)
     # The network bends between the whole time steps it has learned at: Jvp diverges, wide differences look past that.
-    tangent, times = CentralDifference(0.2), LogNormal(-0.5, 1.6)
-    objective = SCM(times=times, own=0.25, sigma_data=1.0, tangent=tangent, lag=0.2, warmup=100)
+    tangent, times = CentralDifference(0.3), LogNormal(-0.5, 1.6)
+    objective = SCM(times=times, own=0.25, sigma_data=1.0, tangent=tangent, lag=0.3, warmup=100)
     return _on_digits(objective, {"student": STUDENT}, 800, _grid(steps, Renoise()))
 
 
@@ -365,16 +365,16 @@ def _from_noise(steps: int) -> OneStep | BackwardSim:
 def digits_mean_flow(steps: int = 1) -> Recipe:
     """MeanFlow's average velocities from the teacher's, half of them along the student's own grid.
 
-    Differences over a tenth of the way: small networks are thrown off by the exact derivatives of their fast sinusoids
+    Differences over three tenths of the way: small networks are thrown off by the exact derivatives of their fast sinusoids
     of time.
     """
-    objective = MeanFlow(velocity="teacher", unequal=1.0, to_grid=0.5, times=Uniform(), tangent=CentralDifference(0.1))
+    objective = MeanFlow(velocity="teacher", unequal=1.0, to_grid=0.5, times=Uniform(), tangent=CentralDifference(0.3))
     return _on_digits(objective, {"student": STUDENT}, 800, _grid(steps))
 
 
 def digits_mdt(steps: int = 1) -> Recipe:
     """Marginal-data transport; without its stabiliser, and with a long difference in its place."""
-    objective = MDT(delta=0.1, normalise=0.0, times=Uniform())
+    objective = MDT(delta=0.3, normalise=0.0, times=Uniform())
     return _on_digits(objective, {"student": STUDENT}, 800, _grid(steps, Renoise() if steps > 1 else Ddim()))
 
 
