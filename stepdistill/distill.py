@@ -18,7 +18,8 @@ from stepdistill.build import Built, build, guided, new_discriminator, open_teac
 from stepdistill.checkpoint import write_atomically
 from stepdistill.data import Data, Labels, lent
 from stepdistill.evaluation.benchmark import bench_student, bench_teacher, check_judged, evaluator_for, pictures
-from stepdistill.evaluation.records import Record, metric_info, save_records
+from stepdistill.evaluation.columns import metric_info
+from stepdistill.evaluation.records import Record, save_records
 from stepdistill.evaluation.report import Grid, save_grid, write_report
 from stepdistill.export import add_figures, check_exportable, load_lines, load_student, save_pipeline
 from stepdistill.logging import check_trackers

@@ -19,7 +19,7 @@ from torch import nn
 from stepdistill import distributed
 from stepdistill.checkpoint import write_atomically
 from stepdistill.evaluation.benchmark import all_pictures, conditions, evaluator_for
-from stepdistill.evaluation.records import METRICS, metric_info
+from stepdistill.evaluation.columns import METRICS, metric_info
 from stepdistill.models.families import Opened
 from stepdistill.recipe import Evaluation, suggest
 from stepdistill.student import Student

@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepdistill.bench.cache import Cache, key_of, versions
+from stepdistill.bench.cache import Cache, key_of
 from stepdistill.bench.opening import Sampled, open_row, open_suite
 from stepdistill.bench.rows import Row, teacher_hash
 from stepdistill.bench.suite import Suite
-from stepdistill.evaluation.benchmark import Itemised, all_pictures, seconds_per_image
-from stepdistill.evaluation.records import SECONDS, device_name, installed_versions
+from stepdistill.evaluation.benchmark import Itemised, all_pictures, arithmetic, seconds_per_image
+from stepdistill.evaluation.columns import SECONDS
+from stepdistill.evaluation.records import device_name, installed_versions
 from stepdistill.evaluation.report import png_of
 from stepdistill.logging import Progress
 from stepdistill.paths import project_dir
@@ -65,7 +66,7 @@ def asked_of(suite: Suite, rows: Sequence[Row], cache: Cache) -> list[Asked]:
         "judges": [cache.file_hash(p) for p in judges],
         "n": suite.n,
         "device": suite.device,
-        "versions": versions(),
+        "versions": installed_versions(),
         "code": cache.code_hash(),
     }
     # seconds are the machine's own; numbers of images are not, up to rounding
@@ -152,6 +153,7 @@ def _facts_of(sampled: Sampled, evaluator: object) -> dict[str, Any]:
         "nfe": sampled.nfe,
         "guidance": sampled.guidance,
         "device": device_name(next(sampled.predict.parameters()).device),
+        "dtype": arithmetic(sampled.predict),
         "versions": installed_versions(),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }

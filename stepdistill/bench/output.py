@@ -17,11 +17,13 @@ from stepdistill.bench.measure import Asked, Outcome
 from stepdistill.bench.suite import Suite
 from stepdistill.checkpoint import write_atomically
 from stepdistill.evaluation.benchmark import records_of
-from stepdistill.evaluation.records import Record, brief_table, save_records, table_rows
+from stepdistill.evaluation.records import Record, save_records
+from stepdistill.evaluation.tables import brief_table, table_rows
 
 STAMP = "bench.json"
 """Says what the files beside it were made of, so that they are not made again."""
-MADE_BY = ("bench/output.py", "bench/page.py", *(f"evaluation/{n}.py" for n in ("records", "report", "page", "plots")))
+PAGES = ("columns", "intervals", "records", "tables", "report", "page", "plots")
+MADE_BY = ("bench/output.py", "bench/page.py", *(f"evaluation/{name}.py" for name in PAGES))
 
 
 def stamp_of(suite: Suite, asked: Sequence[Asked], notes: Sequence[str], title: str, cache: Cache) -> str:
@@ -47,7 +49,7 @@ def records_from(outcomes: Sequence[Outcome]) -> list[Record]:
     for one in outcomes:
         first = next(iter(one.scores.values()))
         scores = [value["scores"] for value in one.scores.values()]
-        row: dict[str, Any] = {key: first[key] for key in ("sampler", "nfe", "guidance", "versions", "date")}
+        row: dict[str, Any] = {key: first[key] for key in ("sampler", "nfe", "guidance", "dtype", "versions", "date")}
         row |= {"subject": one.row.name, "role": one.row.role, "method": one.row.method, "steps": one.row.steps}
         records += records_of(scores, one.seconds, first["protocols"], seeds=list(one.scores), device=one.device, **row)
     table_rows(records)  # refuses what does not belong into one table

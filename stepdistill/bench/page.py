@@ -9,8 +9,10 @@ from typing import Any
 
 from stepdistill.bench.measure import Outcome
 from stepdistill.checkpoint import write_atomically
-from stepdistill.evaluation.records import Record, Row, format_value, metric_info, metrics_of, table_rows
+from stepdistill.evaluation.columns import metric_info
+from stepdistill.evaluation.records import Record
 from stepdistill.evaluation.report import Failures, Panel, drawn, write_report
+from stepdistill.evaluation.tables import Row, format_value, metrics_of, table_rows
 
 WORST = 8
 """Of what is asked, those listed for each student."""

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from stepdistill.data import image_shape, lent
+from stepdistill.evaluation.columns import SECONDS
 from stepdistill.evaluation.digits import DigitsEvaluator
 from stepdistill.evaluation.features import to_uint8
-from stepdistill.evaluation.records import SECONDS, Record, device_name, mean_and_ci95, records_from_scores
+from stepdistill.evaluation.records import Record, device_name, mean_and_ci95, records_from_scores
 from stepdistill.logging import Progress
 from stepdistill.models.denoiser import Cond, Guided
 from stepdistill.models.families import Opened
@@ -44,8 +45,12 @@ class Evaluator(Protocol):
         """What real images score; empty where there are none to spare."""
         ...
 
-    def protocol(self, metric: str) -> dict[str, int | str]:
-        """What two numbers of a metric must share to be compared: keywords of ``records_from_scores``."""
+    def protocol(self, metric: str) -> dict[str, int | str | None]:
+        """What two numbers of a metric must share to be compared: keywords of ``records_from_scores``.
+
+        These are n, extractor_sha256, reference_sha256 and resize, and of percentages that count images or references
+        ``items``, how many; without it their intervals are those over seeds.
+        """
         ...
 
 
@@ -177,7 +182,14 @@ def _bench(
         guidance=guidance,
         seeds=list(seeds),
         device=device_name(device),
+        dtype=arithmetic(predict),
     )
+
+
+def arithmetic(predict: Guided | Student) -> str:
+    """In which dtype a network computes, as records say it."""
+    denoiser = predict.denoiser if isinstance(predict, Guided) else predict
+    return str(denoiser.dtype).removeprefix("torch.")
 
 
 def rule_name(rule: StepRule) -> str:
@@ -215,7 +227,7 @@ def conditions(opened: Opened, evaluator: Evaluator, told: float | None = None) 
 def records_of(
     scores: Sequence[Mapping[str, float]],
     seconds: Sequence[float],
-    protocols: Mapping[str, Mapping[str, int | str]],
+    protocols: Mapping[str, Mapping[str, int | str | None]],
     **row: Any,
 ) -> list[Record]:
     """Records of one row of a table: one for each metric, under that metric's own protocol.
@@ -232,7 +244,7 @@ def records_of(
         records += records_from_scores(scores_per_seed=only, **row, **protocols[metric])
     timed = [{SECONDS: statistics.median(seconds)}] * len(scores)
     (record,) = records_from_scores(scores_per_seed=timed, **row, **protocols[SECONDS])
-    return [*records, replace(record, ci95=mean_and_ci95(seconds)[1])]
+    return [*records, replace(record, ci95=mean_and_ci95(seconds)[1], values=[])]
 
 
 @torch.no_grad()

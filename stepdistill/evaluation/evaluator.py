@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.evaluation.clip import Clip, agreement
+from stepdistill.evaluation.columns import metric_info
 from stepdistill.evaluation.comparison import contrast, saturation
 from stepdistill.evaluation.diversity import vendi
 from stepdistill.evaluation.features import Extractor, check_images
@@ -149,7 +150,10 @@ class FeatureEvaluator:
         The reference stands for prompts and labels as well.
         """
         judge = self.clip.images if metric == "clip_score" else None if metric in COLOUR else self.extractor
+        kept = 0 if self.reference.features is None else len(self.reference.features)
+        counts = {"images": min(self.n, kept), "references": kept}
         return {
+            "items": counts.get(metric_info(metric).share_of) or None,
             "n": self.n,
             "extractor_sha256": None if judge is None else judge.sha256,
             "reference_sha256": self.reference_sha256,

@@ -25,7 +25,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from stepdistill.checkpoint import write_atomically
-from stepdistill.evaluation.records import SECONDS, Record, Row, metric_info, metrics_of, table_rows
+from stepdistill.evaluation.columns import SECONDS, metric_info
+from stepdistill.evaluation.records import Record
+from stepdistill.evaluation.tables import Row, metrics_of, table_rows
 
 INK = "#1c2733"
 """Text and axes; inside a page it becomes the page's own text colour, so that a dark page stays readable."""

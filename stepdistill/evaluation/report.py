@@ -19,19 +19,11 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from stepdistill.checkpoint import write_atomically
+from stepdistill.evaluation.columns import SECONDS, heading, metric_info
 from stepdistill.evaluation.page import CSS, JS, PAGE
 from stepdistill.evaluation.plots import figures_of, inline_svg, quality_plot, svg_of, training_figures
-from stepdistill.evaluation.records import (
-    SECONDS,
-    Record,
-    Row,
-    best_students,
-    format_value,
-    heading,
-    metric_info,
-    metrics_of,
-    table_rows,
-)
+from stepdistill.evaluation.records import Record
+from stepdistill.evaluation.tables import Row, best_students, format_value, metrics_of, table_rows
 
 LARGEST_TILE = 256
 """Pixels; larger images are reduced for the page, which would otherwise weigh tens of megabytes."""

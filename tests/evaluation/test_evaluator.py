@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stepdistill.evaluation.benchmark import bench_teacher
 from stepdistill.evaluation.clip import open_clip_model
+from stepdistill.evaluation.columns import SECONDS
 from stepdistill.evaluation.evaluator import METRICS, FeatureEvaluator
 from stepdistill.evaluation.extractors import shapes_classifier
 from stepdistill.evaluation.features import to_uint8
@@ -23,10 +24,10 @@ from stepdistill.evaluation.metrics import (
     precision_recall,
 )
 from stepdistill.evaluation.mmd import cmmd, kid
-from stepdistill.evaluation.records import SECONDS, markdown_table
 from stepdistill.evaluation.reference import Reference, read_images
 from stepdistill.evaluation.shapes import load_judges
 from stepdistill.evaluation.statistics_files import save_statistics
+from stepdistill.evaluation.tables import markdown_table
 from stepdistill.models.denoiser import Guided
 from stepdistill.models.families import open_pipeline
 from stepdistill.paths import project_dir

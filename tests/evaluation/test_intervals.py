@@ -22,7 +22,7 @@ from stepdistill.evaluation.intervals import (
     wilson_interval,
 )
 from stepdistill.evaluation.mmd import kid
-from stepdistill.evaluation.records import format_value
+from stepdistill.evaluation.tables import format_value
 
 
 @pytest.mark.parametrize(("m", "t"), [(2, 12.706), (3, 4.303), (5, 2.776)])

@@ -13,16 +13,13 @@ import pytest
 from stepdistill.evaluation import records as module
 from stepdistill.evaluation.records import (
     Record,
-    best_students,
     check_same_protocol,
-    format_value,
     load_records,
-    markdown_table,
     mean_and_ci95,
     records_from_scores,
     save_records,
-    table_rows,
 )
+from stepdistill.evaluation.tables import best_students, format_value, markdown_table, table_rows
 
 RECORD = Record(
     subject="KD | DMD2",

@@ -18,8 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from stepdistill.evaluation.plots import pareto_front, steps_figure, training_figures
-from stepdistill.evaluation.records import Record, format_value, table_rows
+from stepdistill.evaluation.records import Record
 from stepdistill.evaluation.report import Grid, headline, image_grid, quality_plot, save_grid, write_report
+from stepdistill.evaluation.tables import format_value, table_rows
 
 VOID = {"meta", "img", "br"}
 SCORES = {
