@@ -246,7 +246,7 @@ def interval_of(metric: str, values: Sequence[float], items: int | None) -> tupl
     percentages of generated images (accuracy,           Wilson's, of all images of all seeds: each is a draw of its
     alignment, precision)                                own, so that one seed will do and agreement is no certainty
     percentages of references (recall, coverage)         Student's t over seeds, as references share neighbours; no
-                                                         narrower than Wilson's of the references of one seed
+                                                         narrower than ``resolution``: seeds may agree by chance
     all others, and percentages of unknown ``items``     Student's t over seeds
     ===================================================  =========================================================
 
@@ -264,11 +264,15 @@ def interval_of(metric: str, values: Sequence[float], items: int | None) -> tupl
         return mean, half
     if not all(0 <= value <= 100 for value in values):
         raise ValueError(f"{metric} must be percentages from 0 to 100, got {list(values)}")
-    count = items * len(values) if of == "images" else items
-    wilson = 100 * wilson_interval(round(mean / 100 * count), count).half_width
     if of == "images":
-        return mean, wilson
-    return mean, None if half is None else max(half, wilson)
+        count = items * len(values)
+        return mean, 100 * wilson_interval(round(mean / 100 * count), count).half_width
+    return mean, None if half is None else max(half, resolution(items))
+
+
+def resolution(count: int) -> float:
+    """The least half width, in percent, that ``count`` cases support: Wilson's upper end of 0 exceptions among them."""
+    return 100 * wilson_interval(0, count).high
 
 
 def check_same_protocol(records: Sequence[Record]) -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Decimal
 
 from stepdistill.evaluation.columns import BRIEF, METRICS, heading, metric_info
-from stepdistill.evaluation.intervals import Interval, t_difference, wilson_interval
-from stepdistill.evaluation.records import ROLES, Record, check_same_protocol
+from stepdistill.evaluation.intervals import Interval, t_difference
+from stepdistill.evaluation.records import ROLES, Record, check_same_protocol, resolution
 
 
 def metrics_of(records: Sequence[Record]) -> list[str]:
@@ -102,8 +102,8 @@ def quoted_teacher(rows: Sequence[Row]) -> Row | None:
 def difference(student: Record, teacher: Record) -> Interval | None:
     """Student minus teacher with the paired interval of ``intervals.t_difference``, seed by seed on the same noise.
 
-    Percentages that count never get a narrower interval than one that saw no disagreement in as many pairs: Wilson's
-    upper end of 0 in n bounds the share of images on which the two disagree, hence their difference.
+    Percentages that count never get a narrower interval than ``records.resolution``: it bounds the share of images on
+    which two that were never seen to disagree do so, hence their difference.
 
     Returns:
         None where the seeds are not the same two or more, or the values of each seed were not kept.
@@ -175,8 +175,7 @@ def _least_gap(record: Record) -> float:
     of = metric_info(record.metric).share_of
     if record.items is None or not of:
         return 0.0
-    pairs = record.items * (len(record.values) if of == "images" else 1)  # references are the same for every seed
-    return 100 * wilson_interval(0, pairs).high
+    return resolution(record.items * (len(record.values) if of == "images" else 1))  # references are shared by seeds
 
 
 def format_value(value: float, ci95: float | None) -> str:
