@@ -18,10 +18,12 @@ from stepdistill.bench.suite import Suite
 from stepdistill.checkpoint import write_atomically
 from stepdistill.evaluation.benchmark import records_of
 from stepdistill.evaluation.records import Record, save_records
-from stepdistill.evaluation.tables import brief_table, table_rows
+from stepdistill.evaluation.tables import brief_table, differences, metrics_of, table_rows
 
 STAMP = "bench.json"
 """Says what the files beside it were made of, so that they are not made again."""
+MINUS_TEACHER = ("minus_teacher", "minus_teacher_ci95")
+"""Columns of results.csv beyond a record's fields."""
 PAGES = ("columns", "intervals", "records", "tables", "report", "page", "plots")
 MADE_BY = ("bench/output.py", "bench/page.py", *(f"evaluation/{name}.py" for name in PAGES))
 
@@ -57,13 +59,21 @@ def records_from(outcomes: Sequence[Outcome]) -> list[Record]:
 
 
 def write_csv(path: Path, records: Sequence[Record]) -> None:
-    """One line a record, one column a field; lists and objects as JSON."""
+    """One line a record, one column a field; lists and objects as JSON. Of students two more: the value minus that of
+    the teacher's long run on the same noise, and half the width of its interval.
+    """
     buffer = io.StringIO()
-    names = [f.name for f in fields(Record)]
+    names = [*(f.name for f in fields(Record)), *MINUS_TEACHER]
     writer = csv.DictWriter(buffer, names, lineterminator="\n")
     writer.writeheader()
+    rows = table_rows(records)
+    gaps = {
+        id(rows[i].cells[metric]): (gap.value, gap.half_width)
+        for metric in metrics_of(records)
+        for i, gap in differences(rows, metric).items()
+    }
     for record in records:
-        row = asdict(record)
+        row = asdict(record) | dict(zip(MINUS_TEACHER, gaps.get(id(record), ()), strict=False))
         writer.writerow({k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in row.items()})
     write_atomically(path, lambda aside: aside.write_text(buffer.getvalue(), encoding="utf-8"))
 

@@ -112,7 +112,7 @@ def _note(one: Outcome, rows: Sequence[Row]) -> str:
     """The row's first number and its cost."""
     row = _row(one, rows)
     metric = metrics_of([*row.cells.values()])[0]
-    label, unit, _ = metric_info(metric)
+    label, unit = metric_info(metric)[:2]
     value = format_value(row.cells[metric].value, row.cells[metric].ci95)
     cost = f"{row.nfe} network evaluation{'s' if row.nfe > 1 else ''}"
     return f"{label} {value} {unit}".strip() + f", {cost}"

@@ -20,10 +20,21 @@ from torch.nn.functional import avg_pool2d
 
 from stepdistill.checkpoint import write_atomically
 from stepdistill.evaluation.columns import SECONDS, heading, metric_info
+from stepdistill.evaluation.intervals import Interval
 from stepdistill.evaluation.page import CSS, JS, PAGE
 from stepdistill.evaluation.plots import figures_of, inline_svg, quality_plot, svg_of, training_figures
-from stepdistill.evaluation.records import Record
-from stepdistill.evaluation.tables import Row, best_students, format_value, metrics_of, table_rows
+from stepdistill.evaluation.records import Record, differing_versions
+from stepdistill.evaluation.tables import (
+    Row,
+    best_students,
+    difference_words,
+    differences,
+    format_difference,
+    format_value,
+    metrics_of,
+    quoted_teacher,
+    table_rows,
+)
 
 LARGEST_TILE = 256
 """Pixels; larger images are reduced for the page, which would otherwise weigh tens of megabytes."""
@@ -194,6 +205,7 @@ def write_report(
         f'<p class="headline">{escape(summary)}</p>',
         *(f"<p>{escape(paragraph)}</p>" for paragraph in notes.split("\n\n") if paragraph.strip()),
         _section("Results", _table(records) + _table_caption(records) + _list(left_out)),
+        _section("Students minus teacher", gaps) if (gaps := _differences(records)) else "",
         _section("Samples", _grids([panel_of(g) if isinstance(g, Grid) else g for g in grids])) if grids else "",
         _section("Where students fail", _failures(failures)) if failures else "",
         _section("Plots", _plots(drawn(records) if plots is None else plots)),
@@ -245,10 +257,36 @@ def _metric_cell(row: Row, metric: str, best: bool) -> str:
 def _table_caption(records: Sequence[Record]) -> str:
     text = "Tinted: the best student of each column, and students whose 95 % intervals reach into its own."
     if any(record.ci95 is not None for record in records):
-        text += " ±: half width of the Student-t interval over sampling seeds, rounded up."
+        text += (
+            " ±: half width of the 95 % interval, rounded up; of shares of images Wilson's, of all else Student's t "
+            "over sampling seeds."
+        )
     if any(record.ci95 is None for record in records):
         text += " Values without ± come from one seed."
     return f'<p class="small">{text} Click a heading to sort.</p>'
+
+
+def _differences(records: Sequence[Record]) -> str:
+    """Every student's paired differences from the teacher's long run; empty where there are none."""
+    rows = table_rows(records)
+    gaps = {metric: found for metric in metrics_of(records) if (found := differences(rows, metric))}
+    if not gaps:
+        return ""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("subject", "steps", *map(heading, gaps)))
+    lines = []
+    for i, row in enumerate(rows):
+        if any(i in found for found in gaps.values()):
+            cells = "".join(_difference_cell(found.get(i)) for found in gaps.values())
+            lines.append(f'<tr><th scope="row">{escape(row.subject)}</th>{_number_cell(row.steps)}{cells}</tr>')
+    table = f'<table id="differences"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+    words = difference_words(quoted_teacher(rows)).replace("bold:", "tinted:")
+    return f'<div class="scroll">{table}</div><p class="small">{escape(words)}</p>'
+
+
+def _difference_cell(gap: Interval | None) -> str:
+    if gap is None:
+        return '<td class="number"></td>'
+    return f'<td class="number{" best" if gap.decides else ""}">{format_difference(gap)}</td>'
 
 
 def _list(lines: Sequence[str]) -> str:
@@ -377,15 +415,26 @@ def _protocol(records: Sequence[Record]) -> str:
     ways: dict[tuple, list[str]] = {}
     for r in records:
         seeds = ", ".join(map(str, r.seeds))
-        way = (str(r.n), seeds, r.extractor_sha256 or "none", r.reference_sha256 or "none", r.resize, r.device, r.date)
+        way = (
+            str(r.n),
+            seeds,
+            r.extractor_sha256 or "none",
+            r.reference_sha256 or "none",
+            r.resize,
+            r.dtype,
+            r.device,
+            r.date,
+        )
         ways.setdefault(way, []).append(r.metric)
-    names = ("images per seed", "seeds", "extractor sha256", "reference sha256", "resize", "device", "date")
+    names = ("images per seed", "seeds", "extractor sha256", "reference sha256", "resize", "dtype", "device", "date")
     lists = []
     for way, metrics in ways.items():
         items = [("metrics", ", ".join(dict.fromkeys(metrics))), *zip(names, way, strict=True)]
         lists.append("<dl>" + "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in items) + "</dl>")
     versions = sorted({f"{name} {number}" for record in records for name, number in record.versions.items()})
-    return "\n".join(lists) + f"<dl><dt>versions</dt><dd>{escape(', '.join(versions))}</dd></dl>"
+    differ = differing_versions(records)
+    warning = f"<p>Not all values were made with the same versions: {escape('; '.join(differ))}.</p>" if differ else ""
+    return warning + "\n".join(lists) + f"<dl><dt>versions</dt><dd>{escape(', '.join(versions))}</dd></dl>"
 
 
 def _png(images: Tensor, columns: int) -> bytes:
@@ -404,5 +453,5 @@ def _value(row: Row, metric: str) -> str:
 
 
 def _quantity(row: Row, metric: str) -> str:
-    label, unit, _ = metric_info(metric)
+    label, unit = metric_info(metric)[:2]
     return f"{label} {_value(row, metric)} {unit}".strip()

@@ -85,9 +85,10 @@ def markdown_table(records: Sequence[Record], metrics: Sequence[str]) -> str:
 
 
 def brief_table(records: Sequence[Record]) -> str:
-    """``markdown_table`` of the metrics in ``BRIEF`` that the records hold."""
-    present = metrics_of(records)
-    return markdown_table(records, [metric for metric in BRIEF if metric in present])
+    """``markdown_table`` of the metrics in ``BRIEF`` that the records hold, then their ``difference_table``."""
+    metrics = [metric for metric in BRIEF if metric in metrics_of(records)]
+    gaps = difference_table(records, metrics)
+    return markdown_table(records, metrics) + (f"\n{gaps}" if gaps else "")
 
 
 def _markdown(lines: Sequence[Sequence[str]]) -> str:
