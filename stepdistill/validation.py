@@ -107,7 +107,7 @@ class Validation:
 def validation_of(
     plan: Evaluation, opened: Opened, folder: Path, *, steps: int, done: int, told: float | None
 ) -> Validation:
-    """The benchmark that fits the teacher, to be asked during training.
+    """The plan's own judge, or the benchmark that fits the teacher, to be asked during training.
 
     Args:
         plan: see ``Validation``, as for folder, steps and done.
@@ -117,7 +117,7 @@ def validation_of(
         done: steps done so far.
         told: the guidance scale for students that take one as an input.
     """
-    evaluator = evaluator_for(opened, plan.n)
+    evaluator = evaluator_for(opened, plan.n, plan.judge)
     cond = conditions(opened, evaluator, told)
 
     def scores(student: Student) -> Scores:

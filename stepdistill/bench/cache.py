@@ -17,7 +17,8 @@ FORMAT = 1
 CODE = ("schedule.py", "sampling.py", "student.py", "stock.py", "exported.py", "shapes.py", "lora_files.py")
 """With the packages below, the code that makes numbers: between releases a version alone says nothing."""
 CODE_FOLDERS = ("functional", "models", "evaluation", "data")
-NOT_NUMBERS = tuple(f"evaluation/{name}.py" for name in ("plots", "report", "page", "records", "columns", "tables"))
+LAYOUT = ("columns", "grids", "page", "plots", "records", "report", "tables")
+NOT_NUMBERS = tuple(f"evaluation/{name}.py" for name in LAYOUT)
 KEPT_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 """What a pipeline's outcome depends on; pictures and cards are left aside."""
 

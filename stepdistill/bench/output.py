@@ -8,23 +8,26 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import stepdistill
 from stepdistill.bench.cache import Cache, key_of
 from stepdistill.bench.measure import Asked, Outcome
+from stepdistill.bench.page import write_page
 from stepdistill.bench.suite import Suite
 from stepdistill.checkpoint import write_atomically
 from stepdistill.evaluation.benchmark import records_of
 from stepdistill.evaluation.records import Record, save_records
+from stepdistill.evaluation.report import drawn
 from stepdistill.evaluation.tables import brief_table, differences, metrics_of, table_rows
 
 STAMP = "bench.json"
 """Says what the files beside it were made of, so that they are not made again."""
 MINUS_TEACHER = ("minus_teacher", "minus_teacher_ci95")
 """Columns of results.csv beyond a record's fields."""
-PAGES = ("columns", "intervals", "records", "tables", "report", "page", "plots")
+PAGES = ("columns", "intervals", "records", "tables", "grids", "report", "page", "plots")
 MADE_BY = ("bench/output.py", "bench/page.py", *(f"evaluation/{name}.py" for name in PAGES))
 
 
@@ -92,21 +95,32 @@ def write_all(
         ValueError: if rows differ in protocol; names the field.
         OSError: if the disk refuses; what was there before stands, and the cache keeps what was measured.
     """
-    from stepdistill.bench.page import write_page  # matplotlib takes its time
-
     records = records_from(outcomes)
     save_records(out / "results.json", records)
     write_csv(out / "results.csv", records)
     text = f"# {title}\n\n{table_text(records, notes)}"
     write_atomically(out / "table.md", lambda aside: aside.write_text(text, encoding="utf-8"))
     write_atomically(out / "suite.json", lambda aside: aside.write_text(suite.to_json() + "\n", encoding="utf-8"))
-    made = write_page(out, outcomes, records, notes, title=title)
+    made = write_page(out, outcomes, records, notes, title=title, plots=plots_of(records, cache))
     files = ["results.json", "results.csv", "table.md", "suite.json", *made]
     hashes = {name: cache.file_hash(out / name) for name in files}
     content = json.dumps({"stamp": stamp, "files": hashes}, indent=1)
     write_atomically(out / STAMP, lambda aside: aside.write_text(content, encoding="utf-8"))
     cache.flush()
     return records
+
+
+def plots_of(records: Sequence[Record], cache: Cache) -> list[tuple[str, str]]:
+    """Captions and SVG of all plots; of the same records they are drawn once, which takes longer than all else."""
+    root = Path(stepdistill.__file__).parent
+    code = [cache.file_hash(root / "evaluation" / f"{name}.py") for name in ("columns", "tables", "page", "plots")]
+    drawn_from = key_of({"records": [asdict(record) for record in records]})
+    facts = {"what": "plots", "records": drawn_from, "code": code, "matplotlib": version("matplotlib")}
+    kept = cache.load(key_of(facts))
+    if kept is None:
+        kept = {"plots": drawn(records)}
+        cache.save(key_of(facts), facts, kept)
+    return [(caption, svg) for caption, svg in kept["plots"]]
 
 
 def check_out(out: Path) -> None:

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -20,6 +21,7 @@ from stepdistill.evaluation.records import Record, device_name, mean_and_ci95, r
 from stepdistill.logging import Progress
 from stepdistill.models.denoiser import Cond, Guided
 from stepdistill.models.families import Opened
+from stepdistill.recipes import import_file, run_code
 from stepdistill.sampling import Ddim, Sampler, StepRule, sample, trailing
 from stepdistill.student import Student
 
@@ -67,23 +69,55 @@ class Itemised(Protocol):
         ...
 
 
-def evaluator_for(opened: Opened, n: int) -> Evaluator:
-    """The bundled benchmark that fits what a teacher makes: digits, or captioned shapes.
+@runtime_checkable
+class Graded(Protocol):
+    """An evaluator that also grades each single image, where right and wrong would be too little."""
+
+    grade: str
+    """The metric that grades are values of, one with a direction; empty where it has none to give."""
+
+    def asked(self) -> list[str]:
+        """What each of the n images is asked to show, in words."""
+        ...
+
+    def scores_and_grades(self, images: Tensor) -> tuple[dict[str, float], Tensor]:
+        """``scores`` and the grade of each of images uint8 (n, 3, H, W), (n,)."""
+        ...
+
+
+def evaluator_for(opened: Opened, n: int, judge: str = "") -> Evaluator:
+    """Who judges what a teacher makes: somebody's own judge, or the bundled benchmark that fits, digits or shapes.
 
     Args:
         opened: the teacher.
         n: images of one evaluation.
+        judge: ``file.py:function``; empty takes the bundled benchmark.
 
     Raises:
-        ValueError: if none does.
+        ValueError: if none fits, or the judge's own code fails or judges another number of images.
         FileNotFoundError: if a judge's file is missing.
     """
+    if judge:
+        return _own_judge(judge, opened, n)
     check_judged(opened)
     if is_digits(opened):
         return DigitsEvaluator(n)
     from stepdistill.evaluation.alignment import ShapesEvaluator  # open_clip takes its time
 
     return ShapesEvaluator(n)
+
+
+def _own_judge(judge: str, opened: Opened, n: int) -> Evaluator:
+    path, _, name = judge.rpartition(":")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"judge {judge!r}: no file {path}")
+    make = getattr(import_file(Path(path), "judge"), name, None)
+    if make is None:
+        raise ValueError(f"judge {judge!r}: no function {name} in {path}")
+    evaluator = run_code(lambda: make(opened, n), f"judge {judge!r}")
+    if evaluator.n != n:
+        raise ValueError(f"judge {judge!r}: judges n = {evaluator.n} images, and is asked for n = {n}")
+    return evaluator
 
 
 def check_judged(opened: Opened) -> None:
@@ -95,7 +129,8 @@ def check_judged(opened: Opened) -> None:
     if not is_digits(opened) and not is_shapes(opened):
         raise ValueError(
             "evaluation judges digits of shape (1, 8, 8) and captioned shapes of 32x32 pixels; this teacher, "
-            f"{type(opened.pipeline).__name__}, makes samples of {opened.sample_shape}; leave evaluation out"
+            f"{type(opened.pipeline).__name__}, makes samples of {opened.sample_shape}; name a judge of your own, "
+            "file.py:function, or leave evaluation out"
         )
 
 

@@ -36,6 +36,7 @@ METRICS: dict[str, MetricInfo] = {
     "alignment": MetricInfo("alignment", "%", "higher", "images"),
     "clip_score": MetricInfo("CLIP score", "", "higher"),
     "vendi": MetricInfo("Vendi score", "", "higher"),
+    "nearest": MetricInfo("distance to the nearest reference", "", "lower"),
     "saturation_drift": MetricInfo("saturation drift", "points", ""),
     "contrast_drift": MetricInfo("contrast drift", "points", ""),
     SECONDS: MetricInfo("time", "s / image", "lower"),

@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stepdistill.evaluation.plots import pareto_front, steps_figure, training_figures
+from stepdistill.evaluation.grids import Grid, image_grid, save_grid
+from stepdistill.evaluation.plots import pareto_front, quality_plot, steps_figure, training_figures
 from stepdistill.evaluation.records import Record
-from stepdistill.evaluation.report import Grid, headline, image_grid, quality_plot, save_grid, write_report
+from stepdistill.evaluation.report import headline, write_report
 from stepdistill.evaluation.tables import differences, format_difference, format_value, table_rows
 
 VOID = {"meta", "img", "br"}
