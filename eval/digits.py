@@ -35,6 +35,9 @@ class Arguments:
     """The published figures of the digits benchmark."""
 
     recipes: tuple[str, ...] = (
+        "digits_best@1",
+        "digits_best@2",
+        "digits_best@4",
         "digits_quickstart_1step",
         "digits_quickstart_1step/no-gan",
         "digits_quickstart_4step",
@@ -66,8 +69,9 @@ def medians(records: list[Record]) -> list[Record]:
     """
     groups: dict[tuple[str, int], list[Record]] = {}
     for r in records:
-        method = r.subject.partition(" #")[0].partition(",")[0].removeprefix("digits_")
-        if r.metric == "fd" and "/" not in method and not ("quickstart" in method and ", after" in r.subject):
+        method = r.subject.partition(" #")[0].partition(",")[0].partition("@")[0].removeprefix("digits_")
+        warm = ", after" in r.subject and ("quickstart" in method or method == "best")
+        if r.metric == "fd" and "/" not in method and not warm:
             groups.setdefault((method, r.steps), []).append(r)
     shown = {}
     for (method, steps), group in groups.items():
