@@ -135,7 +135,9 @@ def test_clip_score_and_ceiling_and_protocol(reference):
     assert not {"frechet_infinity", "cmmd", "vendi", "precision"} & set(ceiling)
     judged = {metric: evaluator.protocol(metric) for metric in ceiling}
     assert judged["clip_score"]["extractor_sha256"] == clip.images.sha256
-    assert judged["frechet"] == judged["recall_k3"] == judged["frechet"] | {"extractor_sha256": "d" * 64, "n": 60}
+    assert judged["frechet"] == judged["frechet"] | {"extractor_sha256": "d" * 64, "n": 60, "items": None}
+    assert judged["recall_k3"] == judged["frechet"] | {"items": 300}  # references
+    assert judged["precision_k3"] == judged["frechet"] | {"items": 60}  # images
     assert judged["contrast_drift"]["extractor_sha256"] is None
     other = FeatureEvaluator(Mean4(), reference, prompts=[*texts[1:], texts[0]])
     assert other.protocol("kid")["reference_sha256"] != evaluator.protocol("kid")["reference_sha256"]
