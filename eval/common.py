@@ -15,14 +15,8 @@ import torch
 from stepdistill.build import guided, open_teacher
 from stepdistill.distill import distill
 from stepdistill.evaluation.benchmark import bench_student, bench_teacher, evaluator_for
-from stepdistill.evaluation.records import (
-    Record,
-    check_same_protocol,
-    format_value,
-    load_records,
-    mean_and_ci95,
-    save_records,
-)
+from stepdistill.evaluation.records import Record, check_same_protocol, load_records, mean_and_ci95, save_records
+from stepdistill.evaluation.tables import format_value
 from stepdistill.export import load_student
 from stepdistill.plan import plan
 from stepdistill.quickstart import reseeded
@@ -139,7 +133,7 @@ def run_one(name: str, seed: int, how: Measured) -> list[Record]:
             records += bench_student(each, done.opened, evaluator, [0], subject=f"{title} #{seed}", method=method)
     if anew:  # otherwise part of the time was spent in an earlier call
         none = {"extractor_sha256": None, "reference_sha256": None}
-        records.append(dataclasses.replace(records[0], metric="training_seconds", value=seconds, **none))
+        records.append(dataclasses.replace(records[0], metric="training_seconds", value=seconds, values=[], **none))
     save_records(stored, records)
     return records
 

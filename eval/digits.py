@@ -18,8 +18,9 @@ from common import RUNS, SPREAD, Measured, put_into_readme, run_all, table
 
 from stepdistill.build import guided, open_teacher
 from stepdistill.distill import side_by_side
+from stepdistill.evaluation.grids import image_grid
+from stepdistill.evaluation.plots import quality_plot
 from stepdistill.evaluation.records import Record, save_records
-from stepdistill.evaluation.report import image_grid, quality_plot
 from stepdistill.export import load_student
 from stepdistill.recipe import Teacher
 

@@ -23,8 +23,8 @@ from common import ALL_STEPS, RUNS, SPREAD, Measured, cell, put_into_readme, rec
 
 import stepdistill.objectives  # noqa: F401 (fills the registry)
 from stepdistill.build import open_teacher
+from stepdistill.evaluation.plots import quality_plot
 from stepdistill.evaluation.records import Record, check_same_protocol, load_records, save_records
-from stepdistill.evaluation.report import quality_plot
 from stepdistill.objective import registered
 from stepdistill.plan import plan
 from stepdistill.recipe import Teacher

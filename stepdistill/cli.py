@@ -28,8 +28,8 @@ from stepdistill.data.prompts import read_prompts
 from stepdistill.distill import distill, evaluate_and_report
 from stepdistill.doctor import CHECKS, QUICK, diagnose
 from stepdistill.evaluation.features import to_uint8
-from stepdistill.evaluation.records import brief_table
-from stepdistill.evaluation.report import save_grid
+from stepdistill.evaluation.grids import save_grid
+from stepdistill.evaluation.tables import brief_table
 from stepdistill.export import load_lines, load_student, stand_in
 from stepdistill.generate import folder_of, sample
 from stepdistill.inference import Parts

@@ -18,8 +18,10 @@ from stepdistill.build import Built, build, guided, new_discriminator, open_teac
 from stepdistill.checkpoint import write_atomically
 from stepdistill.data import Data, Labels, lent
 from stepdistill.evaluation.benchmark import bench_student, bench_teacher, check_judged, evaluator_for, pictures
-from stepdistill.evaluation.records import Record, metric_info, save_records
-from stepdistill.evaluation.report import Grid, save_grid, write_report
+from stepdistill.evaluation.columns import metric_info
+from stepdistill.evaluation.grids import Grid, save_grid
+from stepdistill.evaluation.records import Record, save_records
+from stepdistill.evaluation.report import write_report
 from stepdistill.export import add_figures, check_exportable, load_lines, load_student, save_pipeline
 from stepdistill.health import Health
 from stepdistill.logging import check_trackers, read_lines
@@ -106,6 +108,7 @@ def distill(recipe: Recipe, out: Path, *, resume: bool = True) -> Distilled:
             export(nets, opened, stage, folder)
         distributed.wait()
     opened.denoiser.to(recipe.run.device)
+    student.dtype = torch.float32  # as exported, and as its teacher is measured, whatever it was trained in
     return Distilled(student.to(recipe.run.device), opened, out / "pipeline")
 
 
@@ -143,7 +146,10 @@ def check(recipe: Recipe, opened: Opened) -> None:
     if "disc" in recipe.players:
         new_discriminator(opened, recipe.heads, Nets({"teacher": teacher, "critic": opened.denoiser}))
     if recipe.evaluation is not None:
-        check_judged(opened)
+        if recipe.evaluation.judge:
+            evaluator_for(opened, recipe.evaluation.n, recipe.evaluation.judge)  # whoever cannot judge is found out now
+        else:
+            check_judged(opened)
         check_metric(recipe.evaluation.keep_best)
         if recipe.evaluation.every and sharded(recipe.placement):
             raise ValueError("evaluation.every: a sharded student is measured at the end only; let it be 0")
@@ -336,7 +342,7 @@ def evaluate_and_report(runs: Sequence[tuple[str, Recipe, Distilled]], out: Path
     """
     _, recipe, first = runs[0]
     plan, opened, scale = recipe.evaluation, first.opened, told(recipe.teacher)
-    evaluator = evaluator_for(opened, plan.n)
+    evaluator = evaluator_for(opened, plan.n, plan.judge)
     teacher = guided(opened, recipe.teacher if scale is None else replace(recipe.teacher, guidance=scale))
     records = bench_teacher(teacher, opened, evaluator, plan.teacher_steps, plan.seeds)
     for name, run_recipe, done in runs:

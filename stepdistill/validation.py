@@ -19,7 +19,7 @@ from torch import nn
 from stepdistill import distributed
 from stepdistill.checkpoint import write_atomically
 from stepdistill.evaluation.benchmark import all_pictures, conditions, evaluator_for
-from stepdistill.evaluation.records import METRICS, metric_info
+from stepdistill.evaluation.columns import METRICS, metric_info
 from stepdistill.logging import Line, read_lines
 from stepdistill.models.families import Opened
 from stepdistill.recipe import Evaluation, suggest
@@ -108,7 +108,7 @@ class Validation:
 def validation_of(
     plan: Evaluation, opened: Opened, folder: Path, *, steps: int, done: int, told: float | None
 ) -> Validation:
-    """The benchmark that fits the teacher, to be asked during training.
+    """The plan's own judge, or the benchmark that fits the teacher, to be asked during training.
 
     Args:
         plan: see ``Validation``, as for folder, steps and done.
@@ -118,7 +118,7 @@ def validation_of(
         done: steps done so far.
         told: the guidance scale for students that take one as an input.
     """
-    evaluator = evaluator_for(opened, plan.n)
+    evaluator = evaluator_for(opened, plan.n, plan.judge)
     cond = conditions(opened, evaluator, told)
 
     def scores(student: Student) -> Scores:

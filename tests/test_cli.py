@@ -25,8 +25,8 @@ from stepdistill.cli import COMMANDS, USAGE, main
 from stepdistill.data import Prompts
 from stepdistill.distill import distill
 from stepdistill.evaluation.features import to_uint8
+from stepdistill.evaluation.grids import save_grid
 from stepdistill.evaluation.records import load_records
-from stepdistill.evaluation.report import save_grid
 from stepdistill.export import load_student, save_pipeline
 from stepdistill.generate import sample
 from stepdistill.models.families import open_pipeline

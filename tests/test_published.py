@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from stepdistill.evaluation.records import format_value, load_records, mean_and_ci95
+from stepdistill.evaluation.records import load_records, mean_and_ci95
+from stepdistill.evaluation.tables import format_value
 
 ROOT = Path(__file__).parents[1]
 
