@@ -15,24 +15,22 @@ import torch
 from stepdistill.build import guided, open_teacher
 from stepdistill.distill import distill
 from stepdistill.evaluation.benchmark import bench_student, bench_teacher, evaluator_for
-from stepdistill.evaluation.records import (
-    Record,
-    check_same_protocol,
-    format_value,
-    load_records,
-    mean_and_ci95,
-    save_records,
-)
+from stepdistill.evaluation.records import Record, check_same_protocol, load_records, mean_and_ci95, save_records
+from stepdistill.evaluation.tables import format_value
 from stepdistill.export import load_student
 from stepdistill.plan import plan
 from stepdistill.quickstart import reseeded
 from stepdistill.recipe import Recipe, Teacher
 from stepdistill.recipes import find
+from stepdistill.student import Student
 
 RUNS = Path(__file__).resolve().parents[1] / "runs" / "eval"
 
-BUDGET = 300_000
+BUDGET = 150_000
 """Network evaluations of one sample that each method may spend, a backward pass counting as two."""
+
+ALL_STEPS = (8, 4, 2, 1)
+"""Of a student that has learned every time."""
 
 GAN_COST = 1.34
 """Two steps of digits_dmd2 over two without a GAN, in milliseconds at 0.64 M parameters on an idle machine, when the
@@ -44,8 +42,9 @@ def recipe_of(name: str, seed: int = 0) -> Recipe:
 
     Args:
         name: a recipe's name; ``name/no-gan`` switches its adversarial term off, ``name/no-gan-equal-cost`` spends
-            the time saved on more steps, ``name/budget`` lasts for ``BUDGET`` network evaluations,
-            ``name/apart`` puts each role's adapters on a network of its own.
+            the time saved on more steps, ``name/budget`` lasts for ``BUDGET`` network evaluations (``name/budget-all``
+            too, whose student is measured at ``ALL_STEPS``), ``name/apart`` puts each role's adapters on a network of
+            its own.
         seed: of training, warm starts included.
 
     Raises:
@@ -56,12 +55,12 @@ def recipe_of(name: str, seed: int = 0) -> Recipe:
     if variant in ("no-gan", "no-gan-equal-cost"):
         objective = replace(recipe.objective, gan=replace(recipe.objective.gan, weight=0.0))
         recipe = replace(recipe, objective=objective)
-    elif variant == "budget":
+    elif variant in ("budget", "budget-all"):
         recipe = on_budget(recipe)
     elif variant == "apart":
         recipe = apart(recipe)
     elif variant:
-        raise ValueError(f"{name}: variants are no-gan, no-gan-equal-cost, budget and apart")
+        raise ValueError(f"{name}: variants are no-gan, no-gan-equal-cost, budget, budget-all and apart")
     if variant == "no-gan-equal-cost":
         recipe = replace(recipe, run=replace(recipe.run, steps=round(GAN_COST * recipe.run.steps)))
     return replace(reseeded(recipe, seed), evaluation=None)
@@ -130,12 +129,19 @@ def run_one(name: str, seed: int, how: Measured) -> list[Record]:
     records = []
     for title, (stage, student) in students.items():
         method = type(stage.objective).__name__
-        records += bench_student(student, done.opened, evaluator, [0], subject=f"{title} #{seed}", method=method)
+        for each in at_all_steps(student, name) if name.endswith("/budget-all") else (student,):
+            records += bench_student(each, done.opened, evaluator, [0], subject=f"{title} #{seed}", method=method)
     if anew:  # otherwise part of the time was spent in an earlier call
         none = {"extractor_sha256": None, "reference_sha256": None}
-        records.append(dataclasses.replace(records[0], metric="training_seconds", value=seconds, **none))
+        records.append(dataclasses.replace(records[0], metric="training_seconds", value=seconds, values=[], **none))
     save_records(stored, records)
     return records
+
+
+def at_all_steps(student: Student, name: str) -> list[Student]:
+    """One student on the grid of each of ``ALL_STEPS``."""
+    samplers = [find(f"{name.partition('@')[0]}@{k}").sampler for k in ALL_STEPS]
+    return [Student(s, student.net, student.schedule, student.kind, student.call, student.dtype) for s in samplers]
 
 
 def teacher_records(teacher: Teacher, steps: Sequence[int], how: Measured) -> list[Record]:

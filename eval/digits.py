@@ -18,8 +18,9 @@ from common import RUNS, SPREAD, Measured, put_into_readme, run_all, table
 
 from stepdistill.build import guided, open_teacher
 from stepdistill.distill import side_by_side
+from stepdistill.evaluation.grids import image_grid
+from stepdistill.evaluation.plots import quality_plot
 from stepdistill.evaluation.records import Record, save_records
-from stepdistill.evaluation.report import image_grid, quality_plot
 from stepdistill.export import load_student
 from stepdistill.recipe import Teacher
 
@@ -34,6 +35,9 @@ class Arguments:
     """The published figures of the digits benchmark."""
 
     recipes: tuple[str, ...] = (
+        "digits_best@1",
+        "digits_best@2",
+        "digits_best@4",
         "digits_quickstart_1step",
         "digits_quickstart_1step/no-gan",
         "digits_quickstart_4step",
@@ -65,8 +69,9 @@ def medians(records: list[Record]) -> list[Record]:
     """
     groups: dict[tuple[str, int], list[Record]] = {}
     for r in records:
-        method = r.subject.partition(" #")[0].partition(",")[0].removeprefix("digits_")
-        if r.metric == "fd" and "/" not in method and not ("quickstart" in method and ", after" in r.subject):
+        method = r.subject.partition(" #")[0].partition(",")[0].partition("@")[0].removeprefix("digits_")
+        warm = ", after" in r.subject and ("quickstart" in method or method == "best")
+        if r.metric == "fd" and "/" not in method and not warm:
             groups.setdefault((method, r.steps), []).append(r)
     shown = {}
     for (method, steps), group in groups.items():

@@ -1,267 +1,67 @@
-"""Malformed input by the thousand: whatever is in it, a batch comes out, or one clear line, and nothing is lost.
+"""Malformed input by the thousand: whatever is in it, it is used, or one clear line says why not, and nothing is lost.
 
-``python eval/fuzz.py --examples 10000 --out eval/fuzz.json`` runs every attack below in turn and counts how it ended;
-``tests/test_fuzz_data.py`` runs a few of each. A new attack is one function of a hypothesis ``draw`` and an empty
-folder in ``ATTACKS``.
+``python eval/fuzz.py --examples 10000 --out eval/fuzz.json`` runs every attack on data, recipes and checkpoints in turn
+and counts how it ended. Stopped, it goes on where it was; asked for more examples, it tries the next ones.
+``tests/test_fuzz_*.py`` run a few of each. A new attack is one function in the ``ATTACKS`` of a ``fuzz_*.py``.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import functools
-import io
 import json
+import resource
 import shutil
 import sys
-import tarfile
 import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers.utils import logging as diffusers_logging
-from hypothesis import HealthCheck, given, settings
+import fuzz_checkpoints
+import fuzz_data
+import fuzz_recipes
+from fuzz_parts import Attack, Ended
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from PIL import Image
-from transformers.utils import logging as transformers_logging
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from stepdistill.build import open_teacher
 from stepdistill.checkpoint import write_atomically
-from stepdistill.data import Captioned, Data, Prompts, Report, Setting, WebShards
-from stepdistill.models.denoiser import Guided
-from stepdistill.models.families import Opened
-from stepdistill.objective import Step
-from stepdistill.recipe import Teacher
-from stepdistill.sampling import Sampler, trailing
 
-Draw = Callable[[st.SearchStrategy[Any]], Any]
-BATCH = 2
-LONGEST = 1500
-"""Characters of an error's line."""
-
-
-# What is tried
-
-ON_BAD = st.sampled_from(["skip", "error"])
-MEMORY = st.sampled_from([1.0, 0.0])
-BUCKETS = st.sampled_from(["none", "generated"])
-ODD = ("", " ", "née 🦊 \u200b\u202e", "\ud800", "x" * 5000, "a\x00b", "\x1b[31m", "{}", "a\nb", "\ufeff")
-TEXTS = st.just("a red ring") | st.text(max_size=30) | st.sampled_from(ODD)
-BYTES = TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass")) | st.binary(max_size=40)
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | TEXTS
-JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3), max_leaves=5)
-KEYS = st.sampled_from(["prompt", "text", "caption", "file_name", "x"])
-ROWS = st.dictionaries(KEYS, JSON, max_size=3).map(lambda row: json.dumps(row).encode())
-ODD_LINES = (b"[" * 100_000, b'{"text": ' + b"9" * 5000 + b"}", b'{"text": "\\ud800"}', b"NaN", b"{", b"")
-LINES = st.just(b'{"text": "a blue square"}') | BYTES | ROWS | st.sampled_from(ODD_LINES)
-SUFFIXES = st.sampled_from([".png", ".jpg", ".txt", ".json", ".cls", "", ".seg.png"])
-
-
-def usually(common: Any, rare: st.SearchStrategy[Any], share: float = 0.7) -> st.SearchStrategy[Any]:
-    """A value, or now and then what a strategy gives."""
-    return st.integers(0, 99).flatmap(lambda die: st.just(common) if die < 100 * share else rare)
-
-
-@st.composite
-def pictures(draw: Draw) -> tuple[bytes, bool]:
-    """An image file's content, and whether it is surely good."""
-    how = draw(usually("good", st.sampled_from(["bytes", "empty", "cut", "flipped", "odd"])))
-    if how in ("bytes", "empty"):
-        return draw(st.binary(min_size=1, max_size=60)) if how == "bytes" else b"", False
-    odd = how == "odd"
-    mode = draw(st.sampled_from(["RGBA", "L", "P", "1", "CMYK", "I;16", "LA"])) if odd else "RGB"
-    kind = draw(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "TIFF"] if odd else ["PNG", "JPEG", "WEBP"]))
-    sides = st.sampled_from([1, 2, 31, 300, 3000]) if odd else st.integers(32, 80)
-    file = io.BytesIO()
-    try:
-        Image.new(mode, (draw(sides), draw(sides))).save(file, kind)
-    except (OSError, ValueError, KeyError):  # not every kind of file has every mode
-        return b"", False
-    raw = bytearray(file.getvalue())
-    if how == "cut":
-        del raw[draw(st.integers(0, len(raw) - 1)) :]
-    elif how == "flipped":
-        for _ in range(draw(st.integers(1, 4))):
-            raw[draw(st.integers(0, len(raw) - 1))] ^= 1 << draw(st.integers(0, 7))
-    return bytes(raw), how == "good"
-
-
-def prompts_file(draw: Draw, folder: Path) -> Ended:
-    """Text and JSON lines of anything."""
-    path = folder / draw(st.sampled_from(["p.jsonl", "p.txt"]))
-    good = b'{"text": "a cat"}'
-    lines = draw(st.lists(usually(good, LINES, 0.5), max_size=6))
-    path.write_bytes(b"\n".join(lines))
-    whole = all(_is_text(line) for line in lines)  # a file that is no UTF-8 is refused as a whole
-    sure = lines.count(good) if whole and path.suffix == ".jsonl" else None
-    return ended(Prompts(str(path), on_bad=draw(ON_BAD), memory=draw(MEMORY)), folder, sure=sure)
-
-
-def image_folder(draw: Draw, folder: Path) -> Ended:
-    """Images good and bad, with captions beside them; the sure ones must be used, the rest refused or counted."""
-    sure = 0
-    images = draw(st.lists(pictures(), min_size=1, max_size=5))
-    for i, (raw, good) in enumerate(images):
-        path = folder / f"{i}{draw(st.sampled_from(['.png', '.jpg', '.webp', '.JPEG']))}"
-        path.write_bytes(raw)
-        caption = draw(usually(b"a cat", st.none() | BYTES))
-        if caption is not None:
-            path.with_suffix(".txt").write_bytes(caption)
-        sure += good and caption is not None and _is_text(caption) and bool(caption.decode("utf-8-sig").strip())
-    return ended(_captioned(draw, folder), folder, rows=len(images), sure=sure)
-
-
-def metadata(draw: Draw, folder: Path) -> Ended:
-    """``metadata.jsonl`` or ``metadata.csv`` of anything, some of which names images that are there."""
-    names = [f"{i}.png" for i in range(3)]
-    for name in names:
-        (folder / name).write_bytes(draw(pictures())[0])
-    odd = st.sampled_from(["no.png", "", ".", "..", "/dev/zero", "a\x00b", "\ud800", "x" * 300, "a\nb", *names])
-    if draw(st.booleans()):
-        named = st.builds(lambda name, text: json.dumps({"file_name": name, "text": text}).encode(), odd, JSON)
-        good = json.dumps({"file_name": "1.png", "text": "a cat"}).encode()
-        (folder / "metadata.jsonl").write_bytes(b"\n".join(draw(st.lists(usually(good, named | LINES), max_size=6))))
-    else:
-        file = io.StringIO()
-        writer = csv.writer(file, escapechar="\\")
-        cells = st.lists(odd | TEXTS | st.sampled_from(["file_name", "text"]), max_size=4)
-        writer.writerow(draw(usually(["file_name", "text"], cells, 0.9)))
-        writer.writerows(draw(st.lists(usually(["1.png", "a cat"], cells), max_size=5)))
-        (folder / "metadata.csv").write_bytes(file.getvalue().encode("utf-8", "surrogatepass"))
-    return ended(_captioned(draw, folder), folder)
-
-
-def shards(draw: Draw, folder: Path) -> Ended:
-    """Tar files of anything, some of them damaged."""
-    for k in range(draw(st.integers(1, 2))):
-        file = io.BytesIO()
-        with tarfile.open(fileobj=file, mode="w") as tar:
-            for i in range(draw(st.integers(0, 4))):
-                name = draw(usually(f"{i}", st.sampled_from([f"a/{i}", "née", ".", "../up", "x" * 120])))
-                _add(tar, name + draw(usually(".png", SUFFIXES)), draw(pictures())[0])
-                _add(tar, name + draw(usually(".txt", SUFFIXES)), draw(usually(b"a cat", LINES)))
-                kind = draw(usually(None, st.sampled_from([tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE])))
-                if kind is not None:
-                    _add(tar, name + draw(SUFFIXES), draw(LINES), kind)
-        raw = bytearray(file.getvalue())
-        how = draw(usually("whole", st.sampled_from(["cut", "flipped", "bytes"])))
-        if how == "cut":
-            del raw[draw(st.integers(0, len(raw))) :]
-        elif how == "flipped":
-            raw[draw(st.integers(0, len(raw) - 1))] ^= 1 << draw(st.integers(0, 7))
-        elif how == "bytes":
-            raw = bytearray(draw(st.binary(max_size=700)))
-        (folder / f"{k}.tar").write_bytes(raw)
-    data = WebShards(f"{folder}/*.tar", on_bad=draw(ON_BAD), memory=draw(MEMORY), buckets=draw(BUCKETS), bucket_step=8)
-    return ended(data, folder)
-
-
-ATTACKS: dict[str, Callable[[Draw, Path], Ended]] = {
-    "prompts": prompts_file,
-    "image folder": image_folder,
-    "metadata": metadata,
-    "shards": shards,
+KINDS: dict[str, dict[str, Attack]] = {
+    "data": fuzz_data.ATTACKS,
+    "recipes": fuzz_recipes.ATTACKS,
+    "checkpoints": fuzz_checkpoints.ATTACKS,
 }
-"""By name: each makes malformed input in an empty folder, tries it, and says how it ended; raises if it ended badly."""
+ATTACKS: dict[str, Attack] = {name: attack for kind in KINDS.values() for name, attack in kind.items()}
+CHUNK = 100
+"""Examples of one attack between two lines on disk."""
+MEMORY = 4 * 2**30
+"""Bytes of address space beyond those at the start: whoever asks for more ends badly."""
 
 
-def _captioned(draw: Draw, folder: Path) -> Captioned:
-    column = draw(usually("", st.sampled_from(["text", "nope"]), 0.8))
-    return Captioned(
-        str(folder), text_column=column, on_bad=draw(ON_BAD), memory=draw(MEMORY), buckets=draw(BUCKETS), bucket_step=8
-    )
-
-
-def _add(tar: tarfile.TarFile, name: str, raw: bytes, kind: bytes = tarfile.REGTYPE) -> None:
-    info = tarfile.TarInfo(name)
-    info.size, info.type = len(raw), kind
-    tar.addfile(info, io.BytesIO(raw))
-
-
-def _is_text(raw: bytes) -> bool:
-    try:
-        raw.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-# How it ends
-
-
-Ended = str
-"""``used``, ``refused``, or ``some skipped``."""
-
-
-@functools.cache
-def teacher() -> Opened:
-    """The bundled SD teacher of 32x32 pixels."""
-    torch.set_num_threads(1)
-    for logging in (diffusers_logging, transformers_logging):  # of captions cut to the encoder's length
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    return open_teacher(Teacher("bundled:shapes-sd"))
-
-
-def ended(data: Data, folder: Path, *, rows: int | None = None, sure: int | None = None) -> Ended:
-    """Open a source and take two batches.
+def attack(name: str, examples: int, chunk: int = 0) -> Counter[Ended]:
+    """Run one attack so many times; how they ended.
 
     Args:
-        data: the source.
-        folder: what it reads; not a byte of it may change.
-        rows: how many there are, if that is known.
-        sure: how many of them are good beyond doubt, if that is known.
-
-    Raises:
-        AssertionError: if it ends in anything but batches as they should be or an error of one line; if rows are lost
-            without being counted.
-    """
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    opened, report = teacher(), Report()
-    setting = Setting(opened, Guided(opened.denoiser), Sampler(trailing(1)), BATCH, 0, "cpu", None, report)
-    try:
-        source = data.open(setting)
-        batches = [source(Step.at(i)) for i in range(2)]
-    except (ValueError, OSError) as error:
-        line = str(error)
-        assert line and "\n" not in line and len(line) < LONGEST, f"not one clear line: {line!r}"
-        assert data.on_bad == "error" or not sure, f"refused though {sure} rows are good: {line}"
-        return "refused"
-    finally:
-        after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        assert after == before, "input was changed"
-    for batch in batches:
-        assert len(batch) == BATCH and all(len(v) == BATCH and v.isfinite().all() for v in batch.cond.values())
-        assert batch.x0 is None or (batch.x0.shape == batch.shape and batch.x0.isfinite().all())
-    if data.on_bad == "error":
-        assert report.skipped == 0, "skipped rows that the user wanted to know of"
-    if rows is not None:
-        assert report.rows == rows and (sure is None or rows - report.skipped >= sure)
-    return "some skipped" if report.skipped else "used"
-
-
-def attack(name: str, examples: int) -> Counter[Ended]:
-    """Run one attack so many times; how they ended.
+        name: of the attack.
+        examples: how many.
+        chunk: every number has examples of its own, the same every time.
 
     Raises:
         AssertionError: with the smallest input that ended badly.
     """
     found: Counter[Ended] = Counter()
 
-    @settings(max_examples=examples, deadline=None, database=None, derandomize=True,
-              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @seed(chunk)
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(st.data())
     def one(data: st.DataObject) -> None:
         folder = Path(tempfile.mkdtemp())
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), redirect_stderr(StringIO()):  # no bars
                 warnings.simplefilter("ignore")
                 found[ATTACKS[name](data.draw, folder)] += 1
         finally:
@@ -271,23 +71,41 @@ def attack(name: str, examples: int) -> Counter[Ended]:
     return found
 
 
+def summary(attacks: dict[str, Any], peak: int = 0) -> dict[str, Any]:
+    """Counts of every attack and of every kind, and the most memory that a process took, earlier ones too."""
+    kinds = {kind: sum(attacks[name]["tried"] for name in names if name in attacks) for kind, names in KINDS.items()}
+    peak = max(peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+    return {"tried": sum(kinds.values()), "by_kind": kinds, "peak_memory_mib": peak, "attacks": attacks}
+
+
 def main() -> None:
     """Run all attacks and keep the counts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--examples", type=int, default=10_000, help="in all attacks together")
     parser.add_argument("--only", choices=list(ATTACKS), help="one attack")
     parser.add_argument("--out", type=Path, help="counts, as JSON")
-    given_ = parser.parse_args()
-    names = [given_.only] if given_.only else list(ATTACKS)
-    counts = {}
+    asked = parser.parse_args()
+    if sys.platform == "linux":
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
+    names = [asked.only] if asked.only else list(ATTACKS)
+    goal = -(-asked.examples // len(names))
+    before = json.loads(asked.out.read_text()) if asked.out and asked.out.is_file() else {}
+    attacks, peak = before.get("attacks", {}), before.get("peak_memory_mib", 0)
     for name in names:
-        start = time.monotonic()
-        counts[name] = dict(attack(name, -(-given_.examples // len(names))))
-        print(
-            f"{name}: {sum(counts[name].values())} tried, {counts[name]}, {time.monotonic() - start:.0f} s", flush=True
-        )
-    if given_.out:
-        write_atomically(given_.out, lambda aside: aside.write_text(json.dumps(counts, indent=2) + "\n"))
+        row = attacks.setdefault(name, {"tried": 0, "chunks": 0, "seconds": 0.0, "ended": {}})
+        while row["tried"] < goal:
+            start = time.monotonic()
+            ended = attack(name, min(CHUNK, goal - row["tried"]), row["chunks"])
+            row["tried"] += sum(ended.values())
+            row["chunks"] += 1
+            row["seconds"] = round(row["seconds"] + time.monotonic() - start, 1)
+            row["ended"] = dict(Counter(row["ended"]) + ended)
+            if asked.out:
+                text = json.dumps(summary(attacks, peak), indent=2) + "\n"
+                write_atomically(asked.out, lambda aside: aside.write_text(text))  # noqa: B023
+        print(f"{name}: {row['tried']} tried, {row['ended']}, {row['seconds']:.0f} s", flush=True)
+    print({k: v for k, v in summary(attacks, peak).items() if k != "attacks"})
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     python eval/methods.py [--methods cd pcm ...] [--steps 1 2 4 8] [--seeds 0 1 2] [--jobs 2] [--finished]
 
-A method's row holds its recipe ``digits_METHOD@K`` for each number of steps K that it serves, each trained for that K
-from the teacher's weights, with its updates scaled to the one budget (``common.BUDGET``; data made by the teacher count
-towards it). Writes ``eval/methods/results.json``, ``costs.json``, ``table.md``, and a plot for each family. Runs lie
-under ``runs/eval``, and those that are finished are not run again.
+A method's row holds its recipe ``digits_METHOD@K`` for each number of steps K that it serves, trained for that K from
+the teacher's weights, with its updates scaled to the one budget (``common.BUDGET``; data made by the teacher count
+towards it). A student that learns every time, or halves its steps stage by stage, is trained once for all. Writes
+``eval/methods/results.json``, ``costs.json``, ``table.md``, and a plot for each family. Runs lie under ``runs/eval``,
+and those that are finished are not run again.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from pathlib import Path
 
 import torch
 import tyro
-from common import RUNS, SPREAD, Measured, cell, put_into_readme, recipe_of, run_all, teacher_records
+from common import ALL_STEPS, RUNS, SPREAD, Measured, cell, put_into_readme, recipe_of, run_all, teacher_records
 
 import stepdistill.objectives  # noqa: F401 (fills the registry)
 from stepdistill.build import open_teacher
+from stepdistill.evaluation.plots import quality_plot
 from stepdistill.evaluation.records import Record, check_same_protocol, load_records, save_records
-from stepdistill.evaluation.report import quality_plot
 from stepdistill.objective import registered
 from stepdistill.plan import plan
 from stepdistill.recipe import Teacher
@@ -36,8 +37,11 @@ METRICS = ("fd", "pix", "precision", "recall", "coverage", "accuracy")
 METHODS = tuple(
     name
     for name, cls in sorted(registered().items(), key=lambda item: (item[1].family, item[0]))
-    if cls.__module__.startswith("stepdistill.objectives.")
+    if cls.__module__.startswith("stepdistill.objectives.") and name != "guided"  # whose students take as many steps
 )
+
+LEARN_EVERY_TIME = ("cd", "ct", "ect", "ict", "lcm", "scm", "mdt", "twinflow", "reflow")
+"""One student for every number of steps: the few-step grid is no part of what it is trained on."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +67,21 @@ class Arguments:
 
 
 def served(methods: Sequence[str], steps: Sequence[int]) -> list[str]:
-    """``digits_METHOD@K`` for every K that the method's recipe accepts, all methods of a K together."""
-    names = []
-    for k in steps:
+    """The runs that cover every number of steps that a method accepts, all methods of a number together."""
+    names, covered = [], set()
+    for k in sorted(steps, key=lambda k: k != 1):  # a chain that ends at one step passes through others
         for method in methods:
+            every = method in LEARN_EVERY_TIME
+            name = f"digits_{method}@{max(ALL_STEPS) if every else k}"
             try:
-                find(f"digits_{method}@{k}")
+                recipe = find(name)
             except ValueError as refused:
                 print(f"left out: {refused}")
-            else:
-                names.append(f"digits_{method}@{k}/budget")
+                continue
+            if (method, k) not in covered:
+                names.append(f"{name}/budget-all" if every else f"{name}/budget")
+                own = [s.sampler.steps for s in recipe.stages() if type(s.objective) is type(recipe.objective)]
+                covered |= {(method, j) for j in (ALL_STEPS if every else own)}
     return names
 
 
@@ -88,7 +97,7 @@ def main(given: Arguments) -> None:
             records += load_records(path) if path.is_file() else []
     else:
         records = run_all(names, given.seeds, [TEACHER], TEACHER_STEPS, how, given.jobs)
-    records = [r for r in records if ", after " not in r.subject]  # a chain's earlier stages
+    records = [r for r in records if ", after " not in r.subject or r.method == registered_as(r).__name__]
     given.out.mkdir(parents=True, exist_ok=True)
     save_records(given.out / "results.json", records)
     costs = costs_of([name for name in names if any(r.subject.startswith(f"{name} #") for r in records)])
@@ -100,6 +109,13 @@ def main(given: Arguments) -> None:
         put_into_readme("methods", short)
     print(short)
     plots(records, given.out)
+
+
+def registered_as(record: Record) -> type:
+    """The objective of a row, which a chain's earlier stages may share or not."""
+    return (
+        registered()[record.subject.partition("@")[0].removeprefix("digits_")] if record.role == "student" else object
+    )
 
 
 def costs_of(names: Sequence[str]) -> dict[str, dict[str, float]]:

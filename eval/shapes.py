@@ -24,8 +24,8 @@ from stepdistill.build import guided, open_teacher
 from stepdistill.distill import side_by_side, to_show
 from stepdistill.evaluation.benchmark import evaluator_for
 from stepdistill.evaluation.features import to_uint8
+from stepdistill.evaluation.grids import image_grid
 from stepdistill.evaluation.records import Record, save_records
-from stepdistill.evaluation.report import image_grid
 from stepdistill.evaluation.shapes import load_judges
 from stepdistill.export import load_student
 from stepdistill.models.denoiser import Denoiser, Guided

@@ -264,8 +264,7 @@ def build(
     if start is not None:
         start_from(nets.student, start, opened)
     if "critic" in optim or "critic" in recipe.objective.needs:
-        told = recipe.critic.told_guidance or recipe.student.told_guidance  # it judges what the student was told
-        nets["critic"] = new_critic(opened, replace(recipe.critic, told_guidance=told))
+        nets["critic"] = new_critic_of(recipe, opened)
     if "disc" in optim:
         nets["disc"] = new_discriminator(opened, recipe.heads, nets)
     for name, module in recipe.objective.extras(nets.student).items():
@@ -289,6 +288,12 @@ def new_student_of(recipe: Recipe, opened: Opened) -> Student:
     """The student of a recipe, before it has learned anything."""
     serves = recipe.objective.serves(recipe.sampler)
     return new_student(opened, recipe.sampler, recipe.student, serves, two_time=recipe.objective.two_time)
+
+
+def new_critic_of(recipe: Recipe, opened: Opened) -> Denoiser:
+    """The critic of a recipe, before it has learned anything."""
+    told = recipe.critic.told_guidance or recipe.student.told_guidance  # it judges what the student was told
+    return new_critic(opened, replace(recipe.critic, told_guidance=told))
 
 
 def trained(recipe: Recipe, opened: Opened, folder: Path) -> Nets:

@@ -165,10 +165,23 @@ class Checkpoints:
         path = distributed.on_main(self.newest)
         if path is None:
             return None
-        meta, tensors = _read(path)
-        _restore(path, meta, tensors, nets, optimizers)
-        window = {k: (sums, count) for k, (sums, count) in meta["window"].items()}
-        return Progressed(meta["index"], window, {k: (scale, clean) for k, (scale, clean) in meta["scales"].items()})
+        meta, tensors = read_checkpoint(path)
+        try:
+            window = {k: ([float(v) for v in sums], int(count)) for k, (sums, count) in meta["window"].items()}
+            scales = {k: (float(scale), int(clean)) for k, (scale, clean) in meta["scales"].items()}
+            done = Progressed(int(meta["index"]), window, scales)
+            if done.index < 0:
+                raise ValueError(f"step {done.index}")
+            _restore(path, meta, tensors, nets, optimizers)
+        except _OtherRun:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+            # its checksum is right, so this is what somebody has written
+            raise ValueError(
+                f"checkpoint {path} does not hold what this run needs ({type(error).__name__}: {error}); move it away, "
+                "and the one before it is taken"
+            ) from error
+        return done
 
     def newest(self) -> Path | None:
         """The newest checkpoint whose checksum is right; None if there is no checkpoint at all.
@@ -181,7 +194,7 @@ class Checkpoints:
         damaged: list[str] = []
         for path in reversed(self.paths()):
             try:
-                _read(path, verify=True)
+                read_checkpoint(path, verify=True)
                 return path
             except (SafetensorError, OSError, ValueError) as error:
                 damaged.append(f"{path.name} ({str(error).splitlines()[0]})")
@@ -199,7 +212,7 @@ class Checkpoints:
         path = distributed.on_main(self.newest)
         if path is None:
             raise ValueError(f"no checkpoint in {self.folder}; start the run anew")
-        return {k.removeprefix("nets."): v for k, v in _read(path)[1].items() if k.startswith("nets.")}
+        return {k.removeprefix("nets."): v for k, v in read_checkpoint(path)[1].items() if k.startswith("nets.")}
 
 
 def checksum(meta: str, tensors: Mapping[str, Tensor]) -> str:
@@ -212,10 +225,11 @@ def checksum(meta: str, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path, *, verify: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What is in a file.
+def read_checkpoint(path: Path, *, verify: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What is in a checkpoint's file, and nothing on disk is touched: its description, and tensors on the CPU.
 
     Raises:
+        SafetensorError: if it is damaged so that it cannot be opened.
         ValueError: if it is none of ours, or, on request, if one of its bytes is not what was written.
     """
     with safe_open(path, framework="pt") as file:
@@ -230,14 +244,19 @@ def _read(path: Path, *, verify: bool = False) -> tuple[dict[str, Any], dict[str
     return meta, tensors
 
 
+class _OtherRun(ValueError):
+    """A checkpoint that some other run has written, or nobody's."""
+
+
 def _restore(
     path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor], nets: Nets, optimizers: Mapping[str, Optimizer]
 ) -> None:
     stored = {k.removeprefix("nets."): v for k, v in tensors.items() if k.startswith("nets.")}
     current = nets.trainable_state()
-    wrong = sorted(stored.keys() ^ current.keys()) or [k for k in stored if stored[k].shape != current[k].shape]
+    unlike = [k for k in stored if k in current and _kind(stored[k]) != _kind(current[k])]
+    wrong = sorted(stored.keys() ^ current.keys()) or unlike
     if wrong or set(meta["groups"]) != set(optimizers):
-        raise ValueError(f"checkpoint {path} belongs to another recipe: {(wrong or sorted(meta['groups']))[0]} differs")
+        raise _OtherRun(f"checkpoint {path} belongs to another recipe: {(wrong or sorted(meta['groups']))[0]} differs")
     with torch.no_grad():
         for key, value in current.items():
             value.copy_(_as(value, stored[key]))
@@ -249,8 +268,30 @@ def _restore(
             if key.startswith(prefix):
                 i, slot = key.removeprefix(prefix).split(".")
                 like = params[int(i)]
+                expected = {"exp_avg": _kind(like), "exp_avg_sq": _kind(like), "step": ((), torch.float32)}  # AdamW's
+                if _kind(value) != expected.get(slot, _kind(value)):
+                    raise _OtherRun(f"checkpoint {path} belongs to another recipe: {key} differs")
                 state.setdefault(int(i), {})[slot] = _as(like, value) if value.shape == like.shape else value
-        optimizer.load_state_dict({"state": state, "param_groups": meta["groups"][name]})
+        if any({"exp_avg", "exp_avg_sq"} & set(slots) and len(slots) < 3 for slots in state.values()):
+            raise _OtherRun(f"checkpoint {path} is incomplete: some of {name}'s weights lack a part of their state")
+        groups = optimizer.state_dict()["param_groups"]
+        settings = [_settings(*pair) for pair in zip(groups, meta["groups"][name], strict=True)]
+        optimizer.load_state_dict({"state": state, "param_groups": settings})
+
+
+def _settings(here: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's settings with the numbers that a checkpoint holds for it; how it computes is this machine's."""
+    found = dict(here)
+    for name, value in here.items():
+        if isinstance(value, float):
+            found[name] = float(stored[name])
+        elif isinstance(value, tuple):
+            found[name] = tuple(float(new) for new, _ in zip(stored[name], value, strict=True))
+    return found
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
 
 
 def _as(like: Tensor, whole: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The command line: quickstart, distill, sample, bench, methods, plan."""
+"""The command line: quickstart, distill, sample, bench, methods, plan, doctor."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ from stepdistill.bench.command import Bench, bench
 from stepdistill.bench.rows import recipe_of
 from stepdistill.data.prompts import read_prompts
 from stepdistill.distill import distill, evaluate_and_report
+from stepdistill.doctor import CHECKS, QUICK, diagnose
 from stepdistill.evaluation.features import to_uint8
-from stepdistill.evaluation.records import brief_table
-from stepdistill.evaluation.report import save_grid
+from stepdistill.evaluation.grids import save_grid
+from stepdistill.evaluation.tables import brief_table
 from stepdistill.export import load_lines, load_student, stand_in
 from stepdistill.generate import folder_of, sample
 from stepdistill.inference import Parts
@@ -50,12 +51,13 @@ USAGE = """stepdistill: turn a pretrained diffusers pipeline into a one- to four
   stepdistill bench SUITE [...]       measure a teacher and its students; or name runs: bench RUN RUN ...
   stepdistill methods                 the objectives there are
   stepdistill plan RECIPE [...]       what it will cost, and what fits a --card; --teacher config:sdxl needs no weights
+  stepdistill doctor RUN              what is wrong with a run; exits with 1 if anything is
 
 Every command answers --help; --debug shows a traceback with an error."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; exits with 0, 1 (a bug), 2 (bad input) or 130 (interrupted)."""
+    """Run the command line; exits with 0, 1 (a bug, or what ``doctor`` found), 2 (bad input) or 130 (interrupted)."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
@@ -81,10 +83,24 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(2)  # the one that was has said why
         if debug:
             traceback.print_exc()
-        if not isinstance(error, ValueError | OSError | FloatingPointError):
+        said = _one_line(str(error))
+        if _is_out_of_memory(error):
+            said = f"out of memory: {said or 'too much was asked for'}; a smaller run.batch or data.count takes less"
+        elif not isinstance(error, ValueError | OSError | FloatingPointError):
             raise
-        print(f"stepdistill: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"stepdistill: {said}", file=sys.stderr)
         sys.exit(2)
+
+
+def _one_line(text: str, longest: int = 1000) -> str:
+    """An error to read at a glance; of one that quotes a page of input both ends: where it is, and how to mend it."""
+    line = " ".join(text.split())
+    return line if len(line) <= longest else f"{line[: longest * 2 // 3]} ... {line[-longest // 4 :]}"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether this is how Python, torch on a card, or torch on the CPU says so."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _parse(kind: type, args: list[str], command: str, **options: Any) -> Any:
@@ -408,7 +424,7 @@ def _cost(args: list[str]) -> None:
             f"on {given.card:g} GiB: {fits or 'nothing here fits; try several cards, --devices 8 and placement.shard'}"
         )
         if fits and fits.options:
-            print(f"  stepdistill distill {given.recipe} {' '.join(fits.options)}")
+            print(f"  as options of distill: {' '.join(fits.options)}")
 
 
 def _planned(recipe: Recipe, given: PlanOf) -> Recipe:
@@ -419,6 +435,37 @@ def _planned(recipe: Recipe, given: PlanOf) -> Recipe:
     run = dataclasses.replace(recipe.run, **{k: v for k, v in asked.items() if v is not None})
     start = recipe.warm_start and _planned(recipe.warm_start, given)
     return dataclasses.replace(recipe, teacher=teacher, run=run, warm_start=start)
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Read a run directory and name what is wrong with it: each finding with numbers, a likely cause and a cure.
+
+    Nothing is changed. Exits with 0 if nothing was found, with 1 otherwise.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """A run directory, finished or not."""
+    quick: bool = False
+    """Read the recipe and what training has logged and saved, and open no network."""
+    json: bool = False
+    """Print JSON."""
+
+
+def _doctor(args: list[str]) -> None:
+    given = _parse(Doctor, args, "doctor")
+    found = diagnose(given.run, checks=QUICK if given.quick else CHECKS)
+    if given.json:
+        print(json_.dumps([one.facts() for one in found], indent=2))
+    else:
+        for one in found:
+            print(f"{one.folder}: {len(one.findings) or 'nothing'} found")
+            for finding in one.findings:
+                print(f"- {finding}")
+            for line in one.not_checked:
+                print(f"  not checked: {line}")
+    if any(one.findings for one in found):
+        sys.exit(1)
 
 
 def methods_table() -> str:
@@ -439,4 +486,5 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "bench": _bench,
     "methods": _methods,
     "plan": _cost,
+    "doctor": _doctor,
 }

@@ -18,10 +18,13 @@ from stepdistill.build import Built, build, guided, new_discriminator, open_teac
 from stepdistill.checkpoint import write_atomically
 from stepdistill.data import Data, Labels, lent
 from stepdistill.evaluation.benchmark import bench_student, bench_teacher, check_judged, evaluator_for, pictures
-from stepdistill.evaluation.records import Record, metric_info, save_records
-from stepdistill.evaluation.report import Grid, save_grid, write_report
+from stepdistill.evaluation.columns import metric_info
+from stepdistill.evaluation.grids import Grid, save_grid
+from stepdistill.evaluation.records import Record, save_records
+from stepdistill.evaluation.report import write_report
 from stepdistill.export import add_figures, check_exportable, load_lines, load_student, save_pipeline
-from stepdistill.logging import check_trackers
+from stepdistill.health import Health
+from stepdistill.logging import check_trackers, read_lines
 from stepdistill.lora_files import save_lora
 from stepdistill.models.denoiser import Cond, Guided
 from stepdistill.models.families import Opened
@@ -32,7 +35,7 @@ from stepdistill.placement import sharded
 from stepdistill.recipe import Recipe, Teacher, encode
 from stepdistill.sampling import Ddim, Sampler, trailing
 from stepdistill.student import Student
-from stepdistill.validation import FILE, best_of, check_metric, read_lines, restore_best, validation_of
+from stepdistill.validation import FILE, best_of, check_metric, restore_best, validation_of
 
 PREVIEW_SEED = 1_000_003
 """Away from the seeds of evaluations."""
@@ -105,6 +108,7 @@ def distill(recipe: Recipe, out: Path, *, resume: bool = True) -> Distilled:
             export(nets, opened, stage, folder)
         distributed.wait()
     opened.denoiser.to(recipe.run.device)
+    student.dtype = torch.float32  # as exported, and as its teacher is measured, whatever it was trained in
     return Distilled(student.to(recipe.run.device), opened, out / "pipeline")
 
 
@@ -142,7 +146,10 @@ def check(recipe: Recipe, opened: Opened) -> None:
     if "disc" in recipe.players:
         new_discriminator(opened, recipe.heads, Nets({"teacher": teacher, "critic": opened.denoiser}))
     if recipe.evaluation is not None:
-        check_judged(opened)
+        if recipe.evaluation.judge:
+            evaluator_for(opened, recipe.evaluation.n, recipe.evaluation.judge)  # whoever cannot judge is found out now
+        else:
+            check_judged(opened)
         check_metric(recipe.evaluation.keep_best)
         if recipe.evaluation.every and sharded(recipe.placement):
             raise ValueError("evaluation.every: a sharded student is measured at the end only; let it be 0")
@@ -214,6 +221,8 @@ def _train(built: Built, recipe: Recipe, folder: Path) -> Nets:
     shown = to_show(opened, recipe.data, recipe.teacher)
     trainer.preview = lambda net, index: preview(net, opened, folder / "samples" / f"{index:06d}.png", shown)
     trainer.resume()
+    if recipe.run.health_every:
+        trainer.health = health_of(opened, recipe, folder, trainer.index)
     plan = recipe.evaluation
     if plan is not None and plan.every:
         at = {"steps": recipe.run.steps, "done": trainer.index}
@@ -248,10 +257,17 @@ class Shown:
     """Of the columns; none without text."""
 
 
-def to_show(opened: Opened, data: Data, teacher: Teacher) -> Shown:
-    """The first classes or prompts of a recipe's data, several samples of each where samples are small."""
+def to_show(opened: Opened, data: Data, teacher: Teacher, *, large: tuple[int, int] = (1, 4)) -> Shown:
+    """The first classes or prompts of a recipe's data, several samples of each where samples are small.
+
+    Args:
+        opened: the teacher's pipeline.
+        data: where conditions come from.
+        teacher: whose guidance students may be told.
+        large: rows and columns where samples are large.
+    """
     small = math.prod(opened.sample_shape) <= SMALL
-    rows, columns = (4, 10) if small else (1, 4)
+    rows, columns = (4, 10) if small else large
     captions = tuple(data.captions(columns))
     columns = len(captions) or columns
     cond = {k: v.repeat(rows, *[1] * (v.ndim - 1)) for k, v in data.examples(opened, columns).items()}
@@ -264,6 +280,14 @@ def to_show(opened: Opened, data: Data, teacher: Teacher) -> Shown:
 def told(teacher: Teacher) -> float | None:
     """The guidance scale at which students of a whole range are looked at: its middle; None without a range."""
     return None if teacher.guidance_range is None else sum(teacher.guidance_range) / 2
+
+
+def health_of(opened: Opened, recipe: Recipe, folder: Path, done: int) -> Health:
+    """What looks after a stage: four samples of each of a few conditions."""
+    shown = to_show(opened, recipe.data, recipe.teacher, large=(4, 2))
+    seeds, columns = (shown.rows, shown.columns) if shown.cond else (shown.rows * shown.columns, 1)
+    at_once = min(seeds * columns, distributed.share(recipe.run.batch))  # what fits with a graph fits without
+    return Health(opened, shown.cond, seeds, columns, folder, steps=recipe.run.steps, done=done, at_once=at_once)
 
 
 def preview(student: Student, opened: Opened, path: Path, shown: Shown) -> None:
@@ -318,7 +342,7 @@ def evaluate_and_report(runs: Sequence[tuple[str, Recipe, Distilled]], out: Path
     """
     _, recipe, first = runs[0]
     plan, opened, scale = recipe.evaluation, first.opened, told(recipe.teacher)
-    evaluator = evaluator_for(opened, plan.n)
+    evaluator = evaluator_for(opened, plan.n, plan.judge)
     teacher = guided(opened, recipe.teacher if scale is None else replace(recipe.teacher, guidance=scale))
     records = bench_teacher(teacher, opened, evaluator, plan.teacher_steps, plan.seeds)
     for name, run_recipe, done in runs:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import rich.progress
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor
 from stepdistill import distributed
 from stepdistill.checkpoint import write_atomically
 
+Line = dict[str, Any]
+"""One line of a file of a run's figures: ``step``, and figures by name."""
 CHANCE = 0.55
 """Mean accuracy below which a discriminator counts as guessing."""
 PATIENCE = 300
@@ -104,6 +107,22 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except json.JSONDecodeError:
         return float("inf")  # the torn last line of a killed process: after every checkpoint
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The lines of a JSON lines file of a run, up to a torn or damaged one; none where there is no file."""
+    if not path.is_file():
+        return []
+    lines: list[Line] = []
+    for text in path.read_bytes().splitlines():
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):  # of the text, of its encoding, or brackets without end
+            break
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            break
+        lines.append(line)
+    return lines
 
 
 def brief(means: Mapping[str, float]) -> str:

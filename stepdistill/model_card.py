@@ -11,7 +11,8 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline, SchedulerMixin
 
-from stepdistill.evaluation.records import Record, markdown_table, metrics_of
+from stepdistill.evaluation.records import Record
+from stepdistill.evaluation.tables import markdown_table, metrics_of
 
 PROMPT = "a lighthouse on a cliff"
 GRID = "samples.png"

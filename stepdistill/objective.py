@@ -159,6 +159,11 @@ class Turn:
         """Whether the turn is taken at ``index``."""
         return index % self.every == 0 and self.start <= index and (self.stop is None or index < self.stop)
 
+    def taken(self, steps: int) -> int:
+        """How often the turn is taken in the first ``steps`` steps."""
+        end = steps if self.stop is None else min(self.stop, steps)
+        return max(-(-end // self.every) - -(-self.start // self.every), 0)
+
 
 @dataclass(frozen=True)
 class Objective(ABC):

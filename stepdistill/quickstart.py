@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from stepdistill.distill import claim, distill, evaluate_and_report, write_recipe
-from stepdistill.evaluation.records import Record, markdown_table
+from stepdistill.evaluation.records import Record
+from stepdistill.evaluation.tables import markdown_table
 from stepdistill.export import load_lines
 from stepdistill.logging import Progress
 from stepdistill.recipe import Recipe

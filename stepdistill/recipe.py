@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -140,6 +141,10 @@ class Evaluation:
     """The metric by which the best of these evaluations becomes the run's student, fd say; empty takes the last."""
     patience: int = 0
     """Evaluations without a better ``keep_best`` after which training stops; 0 trains to the end."""
+    judge: str = ""
+    """For a teacher of your own: ``file.py:function``, a function that takes the opened teacher and ``n`` and returns
+    an ``Evaluator``; empty takes the bundled benchmark that fits the teacher. It is called before training, to find
+    what is missing, and again where it judges."""
 
     def __post_init__(self) -> None:
         """Check ranges here: it is used only when all training is done."""
@@ -156,6 +161,17 @@ class Evaluation:
             raise ValueError(f"evaluation.seeds must be different numbers from 0 to 2^31 - 1; got {list(self.seeds)}")
         if not self.teacher_steps or min(self.teacher_steps) < 1:
             raise ValueError(f"evaluation.teacher_steps must be step counts from 1; got {list(self.teacher_steps)}")
+        check_judge("evaluation.judge", self.judge)
+
+
+def check_judge(field: str, judge: str) -> None:
+    """A judge is named as ``file.py:function``, or not at all.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    if judge and not re.fullmatch(r".+\.py:\w+", judge):
+        raise ValueError(f"{field} must be file.py:function, or empty for the bundled benchmarks; got {judge!r}")
 
 
 @dataclass(frozen=True)
@@ -261,7 +277,7 @@ class Recipe:
         """
         try:
             value = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # RecursionError: brackets within brackets without end
             raise ValueError(f"{source}: not JSON ({error})") from error
         try:
             return decode(value, cls, "recipe")
@@ -319,7 +335,10 @@ def decode(value: Any, expected: Any, where: str) -> Any:
             raise ValueError(f"{where}: expected an object, got {value!r}")
         return {k: decode(v, args[1], f"{where}.{k}") for k, v in value.items()}
     if expected is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise ValueError(f"{where}: expected a number below 1e308, got one of {len(str(value))} digits") from error
     if expected in (bool, int, float, str):
         if type(value) is not expected:
             raise ValueError(f"{where}: expected {expected.__name__}, got {value!r}")

@@ -76,6 +76,9 @@ class Run:
     """Steps between lines of metrics.jsonl."""
     preview_every: int = 0
     """Steps between pictures in samples/; 0 makes one, at the end."""
+    health_every: int = 200
+    """Steps between lines of health.jsonl, see ``stepdistill.health``, from the start on and at the end; 0 is never.
+    It changes nothing of the run, and costs about as much as one step each time, sixteen of the teacher's at first."""
     save_every: int = 500
     """Steps between checkpoints; 0 saves at the end and on an interrupt only."""
     keep_last: int = 2
@@ -94,7 +97,7 @@ class Run:
         for name in ("steps", "batch", "accumulate", "log_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("clip", "preview_every", "save_every", "threads"):
+        for name in ("clip", "preview_every", "health_every", "save_every", "threads"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"run.{name} must be at least 0; got {getattr(self, name)}")
         if not 0 <= self.ema < 1:

@@ -194,16 +194,22 @@ class Tcd(StepRule):
         return self.below(s, t_max) if self.gamma else s
 
 
+MOST = 100_000
+"""Steps of a sampler; a mistyped number gets an error in place of all memory."""
+
+
 def trailing(steps: int) -> tuple[float, ...]:
     """``steps`` evenly spaced times that start at pure noise: 1, 1 - 1/steps, ..., 1/steps, as fractions of t_max.
 
     On a 1000-entry table four steps are the indices 999, 749, 499, 249.
 
     Raises:
-        ValueError: if ``steps`` is below 1.
+        ValueError: if ``steps`` is below 1, or beyond what anybody samples with.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}")
+    if steps > MOST:
+        raise ValueError(f"steps must be at most {MOST}; got {steps}")
     return tuple(1 - i / steps for i in range(steps))
 
 

@@ -101,6 +101,8 @@ class Trainer:
         self.specs = dict(specs or {})
         self.placed = placed or Placed()
         self.preview = preview
+        self.health: Callable[[Nets, int], Mapping[str, float]] | None = None
+        """Called in all processes with the networks and the number of steps done; returns figures for trackers."""
         self.watch: Callable[[torch.nn.Module, int], bool] | None = None
         """Called with the averaged student and the steps done, before each step and at the end; True ends training."""
         self.averages = {"ema": run.ema, **objective.averages()}
@@ -208,6 +210,8 @@ class Trainer:
             while self.index < run.steps and not stopped:
                 if self._watched():
                     break
+                if due(self.index, run.health_every):
+                    trackers.log(self._examined(), self.index)
                 logs = self.step(self.index)
                 self.index += 1
                 self.metrics.add(logs)
@@ -222,6 +226,8 @@ class Trainer:
                     self.save()
                 stopped = distributed.any_of(bool(stop))
             self.save()
+        if run.health_every and not stopped:
+            trackers.log(self._examined(), self.index)
         trackers.close()
         if stopped:
             raise KeyboardInterrupt
@@ -238,6 +244,15 @@ class Trainer:
                 self.checkpoints.join()
         if self.checkpoints is not None:
             self.checkpoints.finish()
+
+    def _examined(self) -> dict[str, float]:
+        """Figures of health; nobody moves."""
+        if self.health is None:
+            return {}
+        with self.placed.awake("ema"):
+            figures = self.health(self.nets, self.index)
+        self.placed.after_turn()
+        return {f"health/{name}": value for name, value in figures.items()}
 
     def _watched(self) -> bool:
         if self.watch is None:

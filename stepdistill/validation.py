@@ -19,7 +19,8 @@ from torch import nn
 from stepdistill import distributed
 from stepdistill.checkpoint import write_atomically
 from stepdistill.evaluation.benchmark import all_pictures, conditions, evaluator_for
-from stepdistill.evaluation.records import METRICS, metric_info
+from stepdistill.evaluation.columns import METRICS, metric_info
+from stepdistill.logging import Line, read_lines
 from stepdistill.models.families import Opened
 from stepdistill.recipe import Evaluation, suggest
 from stepdistill.student import Student
@@ -107,7 +108,7 @@ class Validation:
 def validation_of(
     plan: Evaluation, opened: Opened, folder: Path, *, steps: int, done: int, told: float | None
 ) -> Validation:
-    """The benchmark that fits the teacher, to be asked during training.
+    """The plan's own judge, or the benchmark that fits the teacher, to be asked during training.
 
     Args:
         plan: see ``Validation``, as for folder, steps and done.
@@ -117,7 +118,7 @@ def validation_of(
         done: steps done so far.
         told: the guidance scale for students that take one as an input.
     """
-    evaluator = evaluator_for(opened, plan.n)
+    evaluator = evaluator_for(opened, plan.n, plan.judge)
     cond = conditions(opened, evaluator, told)
 
     def scores(student: Student) -> Scores:
@@ -157,22 +158,9 @@ def best_file(folder: Path, step: int) -> Path:
     return folder / FOLDER / f"{step:08d}.safetensors"
 
 
-def best_of(lines: Sequence[Scores], metric: str) -> int:
+def best_of(lines: Sequence[Line], metric: str) -> int:
     """The first step at which a metric was best; without a metric the last."""
     if not metric:
         return int(lines[-1]["step"])
     sign = 1 if metric_info(metric).better == "lower" else -1
     return int(min(lines, key=lambda line: sign * line[metric])["step"])
-
-
-def read_lines(path: Path) -> list[Scores]:
-    """The lines of an ``evaluations.jsonl``, without a torn last one; none where there is no file."""
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stepdistill.build import build, open_teacher
-from stepdistill.checkpoint import Checkpoints, write_atomically
+from stepdistill.checkpoint import Checkpoints, checksum, read_checkpoint, write_atomically
 from stepdistill.data import DigitsData
 from stepdistill.logging import MetricsFile
 from stepdistill.models.families import Opened
@@ -248,6 +248,19 @@ def test_a_checkpoint_of_another_recipe_is_refused_and_nothing_is_loaded(
     with pytest.raises(ValueError, match=r"00000003.safetensors belongs to another recipe: \S+ differs$"):
         trainer.resume()
     assert_same_bits(state(trainer), before)
+
+
+@pytest.mark.parametrize("value", [None, [0.9], [0.9, "x"], [0.9, 10**400]])
+def test_settings_of_an_optimizer_that_are_none_are_refused_with_the_file_and_a_cure(
+    value: object, saved: list[Path], make: Make, tmp_path: Path
+) -> None:
+    """Whoever writes a checkpoint with the right checksum would otherwise fail within the optimizer, steps later."""
+    meta, tensors = read_checkpoint(saved[-1])
+    meta["groups"]["student"][0]["betas"] = value
+    text = json.dumps(meta)
+    save_file(tensors, saved[-1], metadata={"stepdistill": text, "sha256": checksum(text, tensors)})
+    with pytest.raises(ValueError, match=rf"{saved[-1].name} does not hold what this run needs .*; move it away"):
+        make("cd", tmp_path).resume()
 
 
 def test_a_bit_of_the_header_that_is_flipped_is_noticed(saved: list[Path], make: Make, tmp_path: Path) -> None:

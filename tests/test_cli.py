@@ -25,8 +25,8 @@ from stepdistill.cli import COMMANDS, USAGE, main
 from stepdistill.data import Prompts
 from stepdistill.distill import distill
 from stepdistill.evaluation.features import to_uint8
+from stepdistill.evaluation.grids import save_grid
 from stepdistill.evaluation.records import load_records
-from stepdistill.evaluation.report import save_grid
 from stepdistill.export import load_student, save_pipeline
 from stepdistill.generate import sample
 from stepdistill.models.families import open_pipeline
@@ -337,7 +337,7 @@ def test_bench_knows_a_runs_method(run: Run, finished: Path, tmp_path: Path) -> 
     ("args", "pattern"),
     [
         (["distil"], "no command 'distil'; did you mean 'distill'"),
-        (["xyz"], "no command 'xyz'; there are bench, distill, methods, plan, quickstart, sample"),
+        (["xyz"], "no command 'xyz'; there are bench, distill, doctor, methods, plan, quickstart, sample"),
         (["distill", "digits_kdd"], "recipe 'digits_kdd': not known; did you mean 'digits_kd"),
         (["distill", "nowhere.py"], "recipe 'nowhere.py': no such file"),
         (["distill", "nowhere.json"], "recipe 'nowhere.json': no such file"),
@@ -552,3 +552,14 @@ def test_an_interrupted_run_exits_with_130_and_goes_on_when_it_is_resumed(
     assert (out / "checkpoints" / f"{done + 3:08d}.safetensors").is_file()
     logged = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert logged == list(range(1, done + 4))
+
+
+@pytest.mark.parametrize("asked", [lambda args: torch.empty(10**14), lambda args: bytearray(10**15)])
+def test_more_memory_than_there_is_gets_one_line(
+    asked: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(COMMANDS, "methods", asked)
+    with pytest.raises(SystemExit) as stopped:
+        main(["methods"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("stepdistill: out of memory: ")

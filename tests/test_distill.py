@@ -95,7 +95,8 @@ def test_a_run_leaves_a_recipe_metrics_checkpoints_samples_a_pipeline_results_an
     done = distill(TINY, out)
     records = evaluate_and_report([("student", TINY, done)], out, title="Tiny <run>")
 
-    expected = ["cache", "checkpoints", "metrics.jsonl", "pipeline", "recipe.json", "report", "results.json", "samples"]
+    expected = ["cache", "checkpoints", "health.jsonl", "metrics.jsonl", "pipeline", "recipe.json"]
+    expected += ["report", "results.json", "samples"]
     assert sorted(path.name for path in out.iterdir()) == expected
     assert Recipe.load(out / "recipe.json") == TINY
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from stepdistill.evaluation.records import format_value, load_records, mean_and_ci95
+from stepdistill.evaluation.records import load_records, mean_and_ci95
+from stepdistill.evaluation.tables import format_value
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,6 +36,18 @@ def test_the_results_table_holds_the_records() -> None:
 def test_students_have_at_least_three_training_seeds() -> None:
     for subject, _, _, seeds, *_ in rows("table"):
         assert subject == "teacher" or int(seeds) >= 3
+
+
+def test_the_table_of_methods_holds_the_records() -> None:
+    values: dict[tuple[str, int, str], list[float]] = {}
+    for r in load_records(ROOT / "eval" / "methods" / "results.json"):
+        values.setdefault((r.subject.split("@")[0].removeprefix("digits_"), r.steps, r.metric), []).append(r.value)
+    table = rows("methods")
+    assert len(table) >= 25
+    for method, _, _, _, *cells in table:
+        for steps, cell in zip((50,) if "50 steps" in method else (1, 2, 4, 8), cells, strict=False):
+            stored = [values.get((method.split(",")[0], steps, metric)) for metric in ("fd", "pix", "recall")]
+            assert cell == (" / ".join(format_value(*mean_and_ci95(v)) for v in stored if v))
 
 
 @pytest.mark.parametrize("teacher", ["sd", "sd3"])

@@ -237,6 +237,13 @@ def test_a_turn_is_taken_from_its_start_and_before_its_stop() -> None:
     assert moved == [set(), set(), student, {"critic"}, student | {"critic"}, {"critic"}, {"critic"}, {"critic"}]
 
 
+@pytest.mark.parametrize(("every", "start", "stop"), [(1, 0, None), (3, 0, None), (3, 4, None), (2, 3, 9), (5, 1, 4)])
+def test_turns_that_will_be_taken_are_counted_without_walking(every: int, start: int, stop: int | None) -> None:
+    turn = Turn(moves=("student",), every=every, start=start, stop=stop)
+    for steps in range(20):
+        assert turn.taken(steps) == sum(turn.due(index) for index in range(steps))
+
+
 @pytest.mark.parametrize(("start", "stop"), [(-1, None), (3, 3), (5, 2)])
 def test_a_turn_that_would_never_be_taken_is_refused(start: int, stop: int | None) -> None:
     with pytest.raises(ValueError, match=f"0 <= start < stop; got start {start} and stop {stop}"):
@@ -347,6 +354,7 @@ def test_an_optimizer_setting_out_of_range_is_named(field: dict[str, float]) -> 
         {"clip": math.nan},
         {"save_every": -1},
         {"preview_every": -1},
+        {"health_every": -1},
         {"threads": -1},
         {"seed": -1},
         {"seed": 2**63},

@@ -11,14 +11,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stepdistill.data import TeacherPairs
+from stepdistill.data import TeacherPairs, load_digits
 from stepdistill.distill import distill, evaluate_and_report
+from stepdistill.evaluation.benchmark import all_pictures, arithmetic
+from stepdistill.evaluation.features import Pixels, to_uint8
+from stepdistill.evaluation.metrics import MeanCov, frechet_distance
+from stepdistill.evaluation.statistics_files import save_statistics
 from stepdistill.export import load_student
+from stepdistill.logging import read_lines
 from stepdistill.objectives import KD
 from stepdistill.recipe import Evaluation, Recipe, Teacher, Weights
 from stepdistill.sampling import Sampler, trailing
 from stepdistill.trainer import AdamW, Run, Trainer
-from stepdistill.validation import SEED, Validation, best_file, best_of, check_metric, read_lines, restore_best
+from stepdistill.validation import SEED, Validation, best_file, best_of, check_metric, restore_best
 
 PLAN = Evaluation(n=20, teacher_steps=(1,), every=2, keep_best="fd")
 RECIPE = Recipe(
@@ -202,6 +207,67 @@ def test_the_best_adapters_are_kept_too(tmp_path: Path) -> None:
     state = done.student.state_dict()
     kept = load_file(best_file(tmp_path / "run", best))
     assert kept.keys() == state.keys() and all(torch.equal(kept[name], state[name]) for name in state)
+
+
+JUDGE = """
+import torch
+from stepdistill.evaluation.evaluator import FeatureEvaluator
+from stepdistill.evaluation.features import Pixels
+from stepdistill.evaluation.reference import Reference
+
+def judge(opened, n):
+    return FeatureEvaluator(Pixels(8, 8), Reference.of_file(STATISTICS), labels=torch.arange(n) % 10)
+
+def short(opened, n):
+    return FeatureEvaluator(Pixels(8, 8), Reference.of_file(STATISTICS), n=3, k=1)
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.* images for 64 features")
+def test_a_judge_of_ones_own_evaluates_on_the_way_and_at_the_end(tmp_path: Path) -> None:
+    """Fréchet distances of grey values to stored statistics; the best line is the exported student's own number."""
+    images = to_uint8(load_digits("train").images)
+    real = MeanCov.of(Pixels(8, 8)(images))
+    save_statistics(tmp_path / "real.npz", real)
+    (tmp_path / "judge.py").write_text(f"STATISTICS = {str(tmp_path / 'real.npz')!r}\n{JUDGE}")
+    plan = replace(PLAN, judge=f"{tmp_path / 'judge.py'}:judge", keep_best="frechet")
+    recipe, out = replace(RECIPE, evaluation=plan), tmp_path / "run"
+    done = distill(recipe, out)
+    lines = read_lines(out / "evaluations.jsonl")
+    assert [line["step"] for line in lines] == [0, 2, 4, 6] and set(lines[0]) == {"step", "frechet"}
+    best = best_of(lines, "frechet")
+    labels = done.opened.family.cond(done.opened.denoiser.net, {"labels": torch.arange(20) % 10})
+    pictures = all_pictures(done.student, done.student.sampler, done.opened, labels, 20, seed=SEED)
+    expected = frechet_distance(real, MeanCov.of(Pixels(8, 8)(pictures)))
+    assert min(line["frechet"] for line in lines) == pytest.approx(expected, rel=1e-4)
+    records = evaluate_and_report([("student", recipe, done)], out, title="t")
+    assert {r.metric for r in records} == {"frechet", "seconds_per_image"} and {r.dtype for r in records} == {"float32"}
+    assert (
+        f"The student is that of step {best}, the best by Fréchet distance." in (out / "report/index.html").read_text()
+    )
+    for judge, message in (
+        ("short", "judges n = 3 images, and is asked for n = 20"),
+        ("jugde", "no function jugde in"),
+    ):
+        wrong = replace(plan, judge=f"{tmp_path / 'judge.py'}:{judge}")
+        with pytest.raises(ValueError, match=message):
+            distill(replace(RECIPE, evaluation=wrong), tmp_path / "other")
+    with pytest.raises(FileNotFoundError, match=r"no file .*none\.py"):
+        distill(replace(RECIPE, evaluation=replace(plan, judge=f"{tmp_path / 'none.py'}:judge")), tmp_path / "other")
+    with pytest.raises(ValueError, match=r"evaluation.judge must be file\.py:function"):
+        replace(plan, judge="judge")
+    assert not (tmp_path / "other").exists()
+
+
+def test_students_are_measured_in_float32_whatever_they_were_trained_in(tmp_path: Path) -> None:
+    """As their teacher, and as what was exported is; the table would refuse two dtypes in one column."""
+    run = replace(RECIPE.run, dtype="bfloat16", steps=1)
+    recipe = replace(RECIPE, run=run, evaluation=None)
+    fresh, read_back = (distill(recipe, tmp_path / "run").student for _ in range(2))
+    assert arithmetic(fresh) == arithmetic(read_back) == "float32"
+    x, t = torch.randn(2, 1, 8, 8), torch.full((2,), 0.5)
+    cond = {"class_labels": torch.tensor([1, 2])}
+    assert torch.equal(fresh(x, t, cond), read_back(x, t, cond))
 
 
 def test_bad_metrics_are_found_before_training(tmp_path: Path) -> None:

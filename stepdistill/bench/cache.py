@@ -8,19 +8,17 @@ import os
 import warnings
 from collections.abc import Mapping
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import stepdistill
 
 FORMAT = 1
-PACKAGES = ("torch", "diffusers", "transformers", "numpy", "scikit-learn", "open_clip_torch", "peft")
-"""Whose versions may move a number."""
 CODE = ("schedule.py", "sampling.py", "student.py", "stock.py", "exported.py", "shapes.py", "lora_files.py")
 """With the packages below, the code that makes numbers: between releases a version alone says nothing."""
 CODE_FOLDERS = ("functional", "models", "evaluation", "data")
-NOT_NUMBERS = ("evaluation/plots.py", "evaluation/report.py", "evaluation/page.py", "evaluation/records.py")
+LAYOUT = ("columns", "grids", "page", "plots", "records", "report", "tables")
+NOT_NUMBERS = tuple(f"evaluation/{name}.py" for name in LAYOUT)
 KEPT_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 """What a pipeline's outcome depends on; pictures and cards are left aside."""
 
@@ -133,18 +131,6 @@ class Cache:
 def key_of(facts: Mapping[str, Any]) -> str:
     """The key of an outcome: SHA-256 over everything it depends on."""
     return _digest(facts)
-
-
-@lru_cache(maxsize=1)
-def versions() -> dict[str, str]:
-    """Of ``PACKAGES``, those that are installed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # an optional one
-            continue
-    return found
 
 
 @lru_cache(maxsize=1)

@@ -123,6 +123,7 @@ def _of_runs(given: Bench) -> Suite:
         long_run=0,
         seeds=(0, 1, 2),
         n=plan.n,
+        judge=plan.judge,
     )
 
 

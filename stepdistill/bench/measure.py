@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepdistill.bench.cache import Cache, key_of, versions
+from stepdistill.bench.cache import Cache, key_of
 from stepdistill.bench.opening import Sampled, open_row, open_suite
 from stepdistill.bench.rows import Row, teacher_hash
 from stepdistill.bench.suite import Suite
-from stepdistill.evaluation.benchmark import Itemised, all_pictures, seconds_per_image
-from stepdistill.evaluation.records import SECONDS, device_name, installed_versions
-from stepdistill.evaluation.report import png_of
+from stepdistill.evaluation.benchmark import Graded, Itemised, all_pictures, arithmetic, seconds_per_image
+from stepdistill.evaluation.columns import SECONDS, metric_info
+from stepdistill.evaluation.grids import png_of
+from stepdistill.evaluation.records import device_name, installed_versions
 from stepdistill.logging import Progress
 from stepdistill.paths import project_dir
 
@@ -65,7 +66,7 @@ def asked_of(suite: Suite, rows: Sequence[Row], cache: Cache) -> list[Asked]:
         "judges": [cache.file_hash(p) for p in judges],
         "n": suite.n,
         "device": suite.device,
-        "versions": versions(),
+        "versions": installed_versions(),
         "code": cache.code_hash(),
     }
     # seconds are the machine's own; numbers of images are not, up to rounding
@@ -131,13 +132,18 @@ def measure_row(suite: Suite, asked: Asked, seeds: Sequence[int], look: bool, ca
     _, evaluator = open_suite(suite)
     for seed in seeds:
         images = all_pictures(sampled.predict, sampled.sampler, sampled.opened, sampled.cond, suite.n, seed=seed)
-        value = _facts_of(sampled, evaluator) | {"scores": evaluator.scores(images)}
-        value["protocols"] = {metric: evaluator.protocol(metric) for metric in (*value["scores"], SECONDS)}
+        graded = isinstance(evaluator, Graded) and evaluator.grade
+        scores, grades = evaluator.scores_and_grades(images) if graded else (evaluator.scores(images), None)
+        value = _facts_of(sampled, evaluator) | {"scores": scores}
+        value["protocols"] = {metric: evaluator.protocol(metric) for metric in (*scores, SECONDS)}
         if isinstance(evaluator, Itemised):
             right = evaluator.right(images)
-            value["right"] = "".join("01"[int(r)] for r in right)
-            value["asked"] = evaluator.asked()
-            value["failures"] = _failures(images, right) if seed == suite.seeds[0] else None
+            wrong = (~right).nonzero().flatten()
+            value |= {"right": "".join("01"[int(r)] for r in right)} | _items(evaluator, images, wrong, seed, suite)
+        elif graded:
+            worst = grades.argsort(descending=metric_info(evaluator.grade).better == "lower", stable=True)
+            value |= {"grade": evaluator.grade, "grades": [float(f"{g:.5g}") for g in grades.tolist()]}
+            value |= _items(evaluator, images, worst, seed, suite)
         facts = asked.scores[seed]
         cache.save(key_of(facts), facts, value)
     if look:
@@ -152,6 +158,7 @@ def _facts_of(sampled: Sampled, evaluator: object) -> dict[str, Any]:
         "nfe": sampled.nfe,
         "guidance": sampled.guidance,
         "device": device_name(next(sampled.predict.parameters()).device),
+        "dtype": arithmetic(sampled.predict),
         "versions": installed_versions(),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
@@ -164,15 +171,16 @@ def _look(sampled: Sampled, evaluator: Any) -> dict[str, Any]:
     cond = {k: v[:columns].repeat(rows, *[1] * (v.ndim - 1)) for k, v in sampled.cond.items()}
     n = rows * columns
     images = all_pictures(sampled.predict, sampled.sampler, sampled.opened, cond, n, seed=SHOWN_SEED)
-    captions = evaluator.asked()[:columns] if isinstance(evaluator, Itemised) else []
+    captions = evaluator.asked()[:columns] if isinstance(evaluator, Itemised | Graded) else []
     return {"png": png_of(images, columns), "shape": list(images.shape), "columns": columns, "captions": captions}
 
 
-def _failures(images: Tensor, right: Tensor) -> dict[str, Any] | None:
-    wrong = (~right).nonzero().flatten()[:FAILURES]
-    if not len(wrong):
-        return None
-    return {"png": png_of(images[wrong], len(wrong)), "items": wrong.tolist(), "shape": list(images[wrong].shape)}
+def _items(evaluator: Any, images: Tensor, worst: Tensor, seed: int, suite: Suite) -> dict[str, Any]:
+    """What was asked for, and of the first seed pictures of the worst, given by their places."""
+    worst, failures = worst[:FAILURES], None
+    if len(worst) and seed == suite.seeds[0]:
+        failures = {"png": png_of(images[worst], len(worst)), "items": worst.tolist()}
+    return {"asked": evaluator.asked(), "failures": failures}
 
 
 def _in_processes(suite: Suite, missing: Sequence[tuple], cache: Cache, jobs: int, progress: Progress) -> None:

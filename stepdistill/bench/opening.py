@@ -13,14 +13,13 @@ from stepdistill.bench.rows import Row
 from stepdistill.bench.suite import Suite
 from stepdistill.build import guided, open_teacher
 from stepdistill.data import image_shape
-from stepdistill.evaluation.benchmark import Evaluator, check_judged, conditions, evaluations, evaluator_for, rule_name
+from stepdistill.evaluation.benchmark import Evaluator, conditions, evaluations, evaluator_for, rule_name
 from stepdistill.exported import load_student, rule_of
 from stepdistill.folders import read_json
 from stepdistill.lora_files import find_lora
 from stepdistill.models.denoiser import Cond, Guided
 from stepdistill.models.families import Opened
 from stepdistill.recipe import Teacher
-from stepdistill.recipes import import_file, run_code
 from stepdistill.sampling import Sampler, trailing
 from stepdistill.stock import stock_times
 from stepdistill.student import Student
@@ -56,24 +55,9 @@ def open_suite(suite: Suite) -> tuple[Opened, Evaluator]:
         ValueError: if there is no benchmark for it.
     """
     opened = open_teacher(suite.teacher)
-    if suite.judge:
-        evaluator = _own_judge(suite, opened)
-    else:
-        check_judged(opened)
-        evaluator = evaluator_for(opened, suite.n)
+    evaluator = evaluator_for(opened, suite.n, suite.judge)
     opened.denoiser.to(suite.device)
     return opened, evaluator
-
-
-def _own_judge(suite: Suite, opened: Opened) -> Evaluator:
-    path, _, name = suite.judge.rpartition(":")
-    make = getattr(import_file(Path(path), "judge"), name, None)
-    if make is None:
-        raise ValueError(f"judge {suite.judge!r}: no function {name} in {path}")
-    evaluator = run_code(lambda: make(opened, suite.n), f"judge {suite.judge!r}")
-    if evaluator.n != suite.n:
-        raise ValueError(f"judge {suite.judge!r}: judges n = {evaluator.n} images, and the suite has n = {suite.n}")
-    return evaluator
 
 
 @lru_cache(maxsize=2)

@@ -8,20 +8,27 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import stepdistill
 from stepdistill.bench.cache import Cache, key_of
 from stepdistill.bench.measure import Asked, Outcome
+from stepdistill.bench.page import write_page
 from stepdistill.bench.suite import Suite
 from stepdistill.checkpoint import write_atomically
 from stepdistill.evaluation.benchmark import records_of
-from stepdistill.evaluation.records import Record, brief_table, save_records, table_rows
+from stepdistill.evaluation.records import Record, save_records
+from stepdistill.evaluation.report import drawn
+from stepdistill.evaluation.tables import brief_table, differences, metrics_of, table_rows
 
 STAMP = "bench.json"
 """Says what the files beside it were made of, so that they are not made again."""
-MADE_BY = ("bench/output.py", "bench/page.py", *(f"evaluation/{n}.py" for n in ("records", "report", "page", "plots")))
+MINUS_TEACHER = ("minus_teacher", "minus_teacher_ci95")
+"""Columns of results.csv beyond a record's fields."""
+PAGES = ("columns", "intervals", "records", "tables", "grids", "report", "page", "plots")
+MADE_BY = ("bench/output.py", "bench/page.py", *(f"evaluation/{name}.py" for name in PAGES))
 
 
 def stamp_of(suite: Suite, asked: Sequence[Asked], notes: Sequence[str], title: str, cache: Cache) -> str:
@@ -47,7 +54,7 @@ def records_from(outcomes: Sequence[Outcome]) -> list[Record]:
     for one in outcomes:
         first = next(iter(one.scores.values()))
         scores = [value["scores"] for value in one.scores.values()]
-        row: dict[str, Any] = {key: first[key] for key in ("sampler", "nfe", "guidance", "versions", "date")}
+        row: dict[str, Any] = {key: first[key] for key in ("sampler", "nfe", "guidance", "dtype", "versions", "date")}
         row |= {"subject": one.row.name, "role": one.row.role, "method": one.row.method, "steps": one.row.steps}
         records += records_of(scores, one.seconds, first["protocols"], seeds=list(one.scores), device=one.device, **row)
     table_rows(records)  # refuses what does not belong into one table
@@ -55,13 +62,21 @@ def records_from(outcomes: Sequence[Outcome]) -> list[Record]:
 
 
 def write_csv(path: Path, records: Sequence[Record]) -> None:
-    """One line a record, one column a field; lists and objects as JSON."""
+    """One line a record, one column a field; lists and objects as JSON. Of students two more: the value minus that of
+    the teacher's long run on the same noise, and half the width of its interval.
+    """
     buffer = io.StringIO()
-    names = [f.name for f in fields(Record)]
+    names = [*(f.name for f in fields(Record)), *MINUS_TEACHER]
     writer = csv.DictWriter(buffer, names, lineterminator="\n")
     writer.writeheader()
+    rows = table_rows(records)
+    gaps = {
+        id(rows[i].cells[metric]): (gap.value, gap.half_width)
+        for metric in metrics_of(records)
+        for i, gap in differences(rows, metric).items()
+    }
     for record in records:
-        row = asdict(record)
+        row = asdict(record) | dict(zip(MINUS_TEACHER, gaps.get(id(record), ()), strict=False))
         writer.writerow({k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in row.items()})
     write_atomically(path, lambda aside: aside.write_text(buffer.getvalue(), encoding="utf-8"))
 
@@ -80,21 +95,32 @@ def write_all(
         ValueError: if rows differ in protocol; names the field.
         OSError: if the disk refuses; what was there before stands, and the cache keeps what was measured.
     """
-    from stepdistill.bench.page import write_page  # matplotlib takes its time
-
     records = records_from(outcomes)
     save_records(out / "results.json", records)
     write_csv(out / "results.csv", records)
     text = f"# {title}\n\n{table_text(records, notes)}"
     write_atomically(out / "table.md", lambda aside: aside.write_text(text, encoding="utf-8"))
     write_atomically(out / "suite.json", lambda aside: aside.write_text(suite.to_json() + "\n", encoding="utf-8"))
-    made = write_page(out, outcomes, records, notes, title=title)
+    made = write_page(out, outcomes, records, notes, title=title, plots=plots_of(records, cache))
     files = ["results.json", "results.csv", "table.md", "suite.json", *made]
     hashes = {name: cache.file_hash(out / name) for name in files}
     content = json.dumps({"stamp": stamp, "files": hashes}, indent=1)
     write_atomically(out / STAMP, lambda aside: aside.write_text(content, encoding="utf-8"))
     cache.flush()
     return records
+
+
+def plots_of(records: Sequence[Record], cache: Cache) -> list[tuple[str, str]]:
+    """Captions and SVG of all plots; of the same records they are drawn once, which takes longer than all else."""
+    root = Path(stepdistill.__file__).parent
+    code = [cache.file_hash(root / "evaluation" / f"{name}.py") for name in ("columns", "tables", "page", "plots")]
+    drawn_from = key_of({"records": [asdict(record) for record in records]})
+    facts = {"what": "plots", "records": drawn_from, "code": code, "matplotlib": version("matplotlib")}
+    kept = cache.load(key_of(facts))
+    if kept is None:
+        kept = {"plots": drawn(records)}
+        cache.save(key_of(facts), facts, kept)
+    return [(caption, svg) for caption, svg in kept["plots"]]
 
 
 def check_out(out: Path) -> None:

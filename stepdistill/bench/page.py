@@ -9,18 +9,26 @@ from typing import Any
 
 from stepdistill.bench.measure import Outcome
 from stepdistill.checkpoint import write_atomically
-from stepdistill.evaluation.records import Record, Row, format_value, metric_info, metrics_of, table_rows
-from stepdistill.evaluation.report import Failures, Panel, drawn, write_report
+from stepdistill.evaluation.columns import metric_info
+from stepdistill.evaluation.grids import Panel
+from stepdistill.evaluation.records import Record
+from stepdistill.evaluation.report import Failures, write_report
+from stepdistill.evaluation.tables import Row, format_value, metrics_of, table_rows
 
 WORST = 8
 """Of what is asked, those listed for each student."""
 
 
 def write_page(
-    out: Path, outcomes: Sequence[Outcome], records: Sequence[Record], notes: Sequence[str], *, title: str
+    out: Path,
+    outcomes: Sequence[Outcome],
+    records: Sequence[Record],
+    notes: Sequence[str],
+    *,
+    title: str,
+    plots: Sequence[tuple[str, str]],
 ) -> list[str]:
-    """Write ``report/index.html`` and ``plots/*.svg``; returns their names below ``out``."""
-    plots = drawn(records)
+    """Write ``report/index.html`` and ``plots/*.svg``, captions and text given; returns their names below ``out``."""
     write_report(
         out,
         title=title,
@@ -65,32 +73,67 @@ def long_run(outcomes: Sequence[Outcome]) -> Outcome | None:
 
 
 def failures_of(outcomes: Sequence[Outcome], records: Sequence[Record]) -> list[Failures]:
-    """Where each student fails most, against the teacher's longest run; none where the evaluator does not say."""
+    """Where each student fails most, beside the teacher's longest run; none where the evaluator does not say."""
     rows, longest, found = table_rows(records), long_run(outcomes), []
-    teacher = _tally(longest) if longest else {}
     for one in outcomes:
-        if one.row.role == "teacher" or "right" not in _first(one):
+        if one.row.role == "teacher" or not {"right", "grades"} & set(_first(one)):
             continue
-        own = _tally(one)
-        worst = [(what, *own[what], *teacher.get(what, (0, 0))) for what in own if own[what][0] < own[what][1]]
-        worst.sort(key=lambda w: (w[1] / w[2] - (w[3] / w[4] if w[4] else 1.0), w[1] / w[2]))
+        told = _right(one, longest, rows) if "right" in _first(one) else _graded(one, longest)
         kept, asked = _first(one)["failures"], _first(one)["asked"]
         png = kept["png"] if kept else ""
         captions = tuple(asked[i] for i in kept["items"]) if kept else ()
-        found.append(Failures(one.row.name, one.row.steps, _share(one, rows), png, captions, tuple(worst[:WORST])))
+        found.append(Failures(one.row.name, one.row.steps, png=png, captions=captions, **told))
     return found
 
 
-def _tally(one: Outcome) -> dict[str, tuple[int, int]]:
-    """{what was asked: (right, asked)}, over all seeds."""
-    tally: dict[str, tuple[int, int]] = {}
-    for value in one.scores.values():
-        if "right" not in value:
-            return {}
-        for what, right in zip(value["asked"], value["right"], strict=True):
-            hits, of = tally.get(what, (0, 0))
-            tally[what] = hits + (right == "1"), of + 1
-    return tally
+def _right(one: Outcome, teacher: Outcome | None, rows: Sequence[Row]) -> dict[str, Any]:
+    """Of a judge that says right or wrong: what goes wrong, that which the teacher does better first."""
+    own, long = _by_asked(one, "right"), _by_asked(teacher, "right")
+
+    def share(values: Sequence[float] | None) -> float:
+        return _mean(values) if values else 1.0
+
+    def text(values: Sequence[float] | None) -> str:
+        return f"{int(sum(values))} of {len(values)}" if values else ""
+
+    wrong = [what for what in own if share(own[what]) < 1]
+    wrong.sort(key=lambda what: (share(own[what]) - share(long.get(what)), share(own[what])))
+    worst = tuple((what, text(own[what]), text(long.get(what))) for what in wrong[:WORST])
+    return {"summary": f"{_share(one, rows)} right", "measure": "right", "shown": "Went wrong", "worst": worst}
+
+
+def _graded(one: Outcome, teacher: Outcome | None) -> dict[str, Any]:
+    """Of a judge that grades: what the teacher's pictures of the same noise have better grades for, in the mean."""
+    label, _, better, _ = metric_info(_first(one)["grade"])
+    sign = -1 if better == "lower" else 1
+    own, long = _by_asked(one, "grades"), _by_asked(teacher, "grades")
+    behind = {what: sign * (_mean(own[what]) - _mean(long.get(what) or [0.0])) for what in own}
+    worst = sorted((what for what in own if behind[what] < 0 or not long), key=behind.get)
+    every, every_long = ([v for values in group.values() for v in values] for group in (own, long))
+    beside = f", teacher's long run {_mean(every_long):.4g}" if every_long else ""
+    return {
+        "summary": f"{label} {_mean(every):.4g}{beside}",
+        "measure": f"{label}, mean of images",
+        "shown": "Worst grades",
+        "worst": tuple((what, _grade_text(own[what]), _grade_text(long.get(what))) for what in worst[:WORST]),
+    }
+
+
+def _grade_text(grades: Sequence[float] | None) -> str:
+    return f"{_mean(grades):.4g} of {len(grades)}" if grades else ""
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _by_asked(one: Outcome | None, kind: str) -> dict[str, list[float]]:
+    """What was asked: the verdict ("right": 1 or 0) or the grade ("grades") of each such image, of all seeds."""
+    found: dict[str, list[float]] = {}
+    for value in one.scores.values() if one is not None else ():
+        for what, said in zip(value["asked"], value[kind], strict=True) if kind in value else ():
+            found.setdefault(what, []).append(float(said))
+    return found
 
 
 def _first(one: Outcome) -> dict[str, Any]:
@@ -110,7 +153,7 @@ def _note(one: Outcome, rows: Sequence[Row]) -> str:
     """The row's first number and its cost."""
     row = _row(one, rows)
     metric = metrics_of([*row.cells.values()])[0]
-    label, unit, _ = metric_info(metric)
+    label, unit = metric_info(metric)[:2]
     value = format_value(row.cells[metric].value, row.cells[metric].ci95)
     cost = f"{row.nfe} network evaluation{'s' if row.nfe > 1 else ''}"
     return f"{label} {value} {unit}".strip() + f", {cost}"

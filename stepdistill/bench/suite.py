@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stepdistill.paths import project_dir
-from stepdistill.recipe import NEIGHBOURS, Teacher, decode, encode, suggest
+from stepdistill.recipe import NEIGHBOURS, Teacher, check_judge, decode, encode, suggest
 from stepdistill.recipes import functions_in, import_file, run_code
 from stepdistill.sampling import Ddim, DpmPP2M, Heun, StepRule
 
@@ -87,8 +87,7 @@ class Suite:
             raise ValueError(f"seeds must be different numbers from 0 to 2^31 - 1; got {list(self.seeds)}")
         if self.n <= NEIGHBOURS:
             raise ValueError(f"n must be larger than {NEIGHBOURS}, the neighbours looked at; got {self.n}")
-        if self.judge and not re.fullmatch(r".+\.py:\w+", self.judge):
-            raise ValueError(f"judge must be file.py:function, or empty for the bundled benchmarks; got {self.judge!r}")
+        check_judge("judge", self.judge)
         names = [s.name for s in self.students if s.name]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

@@ -6,9 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import sklearn.datasets
 import torch
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from stepdistill.data.base import Data, Setting, epochs, to_device
@@ -33,6 +31,9 @@ def load_digits(split: Literal["train", "heldout", "all"] = "train") -> Digits:
     The split is fixed and keeps the class proportions: 1437 images to train on, 360 held out.
     Order is fixed too: shuffled for the two parts, scikit-learn's own for "all".
     """
+    import sklearn.datasets  # takes its time
+    from sklearn.model_selection import train_test_split
+
     bunch = sklearn.datasets.load_digits()
     images = torch.from_numpy(bunch.images).float()[:, None] / 8 - 1
     labels = torch.from_numpy(bunch.target).long()

@@ -8,15 +8,8 @@ weights), ``infinity``, ``diversity``, ``comparison``, ``intervals``, ``distribu
 from stepdistill.evaluation.features import DigitFeatures, Extractor, Pixels, to_uint8
 from stepdistill.evaluation.metrics import MeanCov, Moments, density_coverage, frechet_distance, precision_recall
 from stepdistill.evaluation.mmd import cmmd, kid, kid_blocks
-from stepdistill.evaluation.records import (
-    Record,
-    check_same_protocol,
-    format_value,
-    load_records,
-    markdown_table,
-    records_from_scores,
-    save_records,
-)
+from stepdistill.evaluation.records import Record, check_same_protocol, load_records, records_from_scores, save_records
+from stepdistill.evaluation.tables import format_value, markdown_table
 
 __all__ = [
     "DigitFeatures",

@@ -123,13 +123,16 @@ class ShapesEvaluator:
         """What ``held_out`` scores: the captions' own scenes."""
         return self.scores(self.held_out)
 
-    def protocol(self, metric: str) -> dict[str, int | str]:
+    def protocol(self, metric: str) -> dict[str, int | str | None]:
         """What two numbers of a metric must share to be compared; the keywords that ``records_from_scores`` asks for.
 
         The reference stands for the captions as well as for the real scenes.
         """
         judge = "clip" if metric in ("fd_clip", "clip_score") else "classifier"
+        counts = {"alignment": self.n, "precision": min(self.n, NEARBY), "recall": NEARBY, "coverage": NEARBY}
+        counts |= {f"accuracy_{name}": int(count) for name, count in zip(HEADS, self.named.sum(0), strict=True)}
         return {
+            "items": counts.get(metric) or None,  # no caption may name an attribute
             "n": self.n,
             "extractor_sha256": self.extractor_sha256[judge],
             "reference_sha256": self.reference_sha256,

@@ -7,18 +7,21 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from stepdistill.data import image_shape, lent
+from stepdistill.evaluation.columns import SECONDS
 from stepdistill.evaluation.digits import DigitsEvaluator
 from stepdistill.evaluation.features import to_uint8
-from stepdistill.evaluation.records import SECONDS, Record, device_name, mean_and_ci95, records_from_scores
+from stepdistill.evaluation.records import Record, device_name, mean_and_ci95, records_from_scores
 from stepdistill.logging import Progress
 from stepdistill.models.denoiser import Cond, Guided
 from stepdistill.models.families import Opened
+from stepdistill.recipes import import_file, run_code
 from stepdistill.sampling import Ddim, Sampler, StepRule, sample, trailing
 from stepdistill.student import Student
 
@@ -44,8 +47,12 @@ class Evaluator(Protocol):
         """What real images score; empty where there are none to spare."""
         ...
 
-    def protocol(self, metric: str) -> dict[str, int | str]:
-        """What two numbers of a metric must share to be compared: keywords of ``records_from_scores``."""
+    def protocol(self, metric: str) -> dict[str, int | str | None]:
+        """What two numbers of a metric must share to be compared: keywords of ``records_from_scores``.
+
+        These are n, extractor_sha256, reference_sha256 and resize, and of percentages that count images or references
+        ``items``, how many; without it their intervals are those over seeds.
+        """
         ...
 
 
@@ -62,23 +69,55 @@ class Itemised(Protocol):
         ...
 
 
-def evaluator_for(opened: Opened, n: int) -> Evaluator:
-    """The bundled benchmark that fits what a teacher makes: digits, or captioned shapes.
+@runtime_checkable
+class Graded(Protocol):
+    """An evaluator that also grades each single image, where right and wrong would be too little."""
+
+    grade: str
+    """The metric that grades are values of, one with a direction; empty where it has none to give."""
+
+    def asked(self) -> list[str]:
+        """What each of the n images is asked to show, in words."""
+        ...
+
+    def scores_and_grades(self, images: Tensor) -> tuple[dict[str, float], Tensor]:
+        """``scores`` and the grade of each of images uint8 (n, 3, H, W), (n,)."""
+        ...
+
+
+def evaluator_for(opened: Opened, n: int, judge: str = "") -> Evaluator:
+    """Who judges what a teacher makes: somebody's own judge, or the bundled benchmark that fits, digits or shapes.
 
     Args:
         opened: the teacher.
         n: images of one evaluation.
+        judge: ``file.py:function``; empty takes the bundled benchmark.
 
     Raises:
-        ValueError: if none does.
+        ValueError: if none fits, or the judge's own code fails or judges another number of images.
         FileNotFoundError: if a judge's file is missing.
     """
+    if judge:
+        return _own_judge(judge, opened, n)
     check_judged(opened)
     if is_digits(opened):
         return DigitsEvaluator(n)
     from stepdistill.evaluation.alignment import ShapesEvaluator  # open_clip takes its time
 
     return ShapesEvaluator(n)
+
+
+def _own_judge(judge: str, opened: Opened, n: int) -> Evaluator:
+    path, _, name = judge.rpartition(":")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"judge {judge!r}: no file {path}")
+    make = getattr(import_file(Path(path), "judge"), name, None)
+    if make is None:
+        raise ValueError(f"judge {judge!r}: no function {name} in {path}")
+    evaluator = run_code(lambda: make(opened, n), f"judge {judge!r}")
+    if evaluator.n != n:
+        raise ValueError(f"judge {judge!r}: judges n = {evaluator.n} images, and is asked for n = {n}")
+    return evaluator
 
 
 def check_judged(opened: Opened) -> None:
@@ -90,7 +129,8 @@ def check_judged(opened: Opened) -> None:
     if not is_digits(opened) and not is_shapes(opened):
         raise ValueError(
             "evaluation judges digits of shape (1, 8, 8) and captioned shapes of 32x32 pixels; this teacher, "
-            f"{type(opened.pipeline).__name__}, makes samples of {opened.sample_shape}; leave evaluation out"
+            f"{type(opened.pipeline).__name__}, makes samples of {opened.sample_shape}; name a judge of your own, "
+            "file.py:function, or leave evaluation out"
         )
 
 
@@ -177,7 +217,14 @@ def _bench(
         guidance=guidance,
         seeds=list(seeds),
         device=device_name(device),
+        dtype=arithmetic(predict),
     )
+
+
+def arithmetic(predict: Guided | Student) -> str:
+    """In which dtype a network computes, as records say it."""
+    denoiser = predict.denoiser if isinstance(predict, Guided) else predict
+    return str(denoiser.dtype).removeprefix("torch.")
 
 
 def rule_name(rule: StepRule) -> str:
@@ -215,7 +262,7 @@ def conditions(opened: Opened, evaluator: Evaluator, told: float | None = None) 
 def records_of(
     scores: Sequence[Mapping[str, float]],
     seconds: Sequence[float],
-    protocols: Mapping[str, Mapping[str, int | str]],
+    protocols: Mapping[str, Mapping[str, int | str | None]],
     **row: Any,
 ) -> list[Record]:
     """Records of one row of a table: one for each metric, under that metric's own protocol.
@@ -232,7 +279,7 @@ def records_of(
         records += records_from_scores(scores_per_seed=only, **row, **protocols[metric])
     timed = [{SECONDS: statistics.median(seconds)}] * len(scores)
     (record,) = records_from_scores(scores_per_seed=timed, **row, **protocols[SECONDS])
-    return [*records, replace(record, ci95=mean_and_ci95(seconds)[1])]
+    return [*records, replace(record, ci95=mean_and_ci95(seconds)[1], values=[])]
 
 
 @torch.no_grad()
@@ -255,10 +302,20 @@ def pictures(
         part = {k: v[start : start + at_once] for k, v in cond.items()}
         shape = (min(at_once, n - start), *opened.sample_shape)
         latents = sample(predict, shape, part, sampler, seed=seed, first=start, device=device)
-        images = opened.decode(latents)
-        if images.ndim == 5:  # of a video the first, the middle and the last frame, side by side
-            images = torch.cat([images[:, :, t] for t in (0, images.shape[2] // 2, -1)], -1)
-        yield to_uint8(images).cpu()
+        yield as_saved(opened.decode(latents)).cpu()
+
+
+def as_saved(images: Tensor) -> Tensor:
+    """Decoded images (B, C, H, W), or videos (B, C, T, H, W), nominally in [-1, 1], as uint8 (B, 3, H, W).
+
+    Of a video the first, the middle and the last frame are put side by side.
+
+    Raises:
+        ValueError: if a value is not finite.
+    """
+    if images.ndim == 5:
+        images = torch.cat([images[:, :, t] for t in (0, images.shape[2] // 2, -1)], -1)
+    return to_uint8(images)
 
 
 def all_pictures(

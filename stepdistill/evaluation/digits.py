@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.data import load_digits
+from stepdistill.evaluation.columns import metric_info
 from stepdistill.evaluation.features import DigitFeatures, Pixels, to_uint8
 from stepdistill.evaluation.metrics import MeanCov, density_coverage, percent_of_variance, precision_recall
 from stepdistill.models.denoiser import Cond
@@ -108,12 +109,16 @@ class DigitsEvaluator:
         """Nothing: there are too few real digits to be judged as ``n`` generated ones are."""
         return {}
 
-    def protocol(self, metric: str = "fd") -> dict[str, int | str]:
+    def protocol(self, metric: str = "fd") -> dict[str, int | str | None]:
         """What two numbers must share to be compared; the keywords that ``records_from_scores`` asks for.
 
         One judge and one reference serve all metrics.
         """
+        of = metric_info(metric).share_of
+        near = min(self.n, len(self.real_features))
+        counts = {"images": self.n if metric == "accuracy" else near, "references": len(self.real_features)}
         return {
+            "items": counts.get(of),
             "n": self.n,
             "extractor_sha256": self.extractor_sha256,
             "reference_sha256": self.reference_sha256,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.evaluation.clip import Clip, agreement
+from stepdistill.evaluation.columns import metric_info
 from stepdistill.evaluation.comparison import contrast, saturation
 from stepdistill.evaluation.diversity import vendi
 from stepdistill.evaluation.features import Extractor, check_images
@@ -87,6 +88,10 @@ class FeatureEvaluator:
                 "or metrics 'kid' (unbiased) and 'frechet_infinity' (extrapolated)",
                 stacklevel=2,
             )
+        self.grade = self._grade()
+        """What ``scores_and_grades`` grades single images by: the CLIP score, or else ``nearest``, the distance of
+        features to the nearest of the reference's; empty where nothing is asked for, or neither can be had.
+        """
         asked = "\n".join(self.prompts or []) + ("" if labels is None else repr(labels.tolist()))
         self.reference_sha256 = hashlib.sha256(f"{reference.sha256}{asked}".encode()).hexdigest()
 
@@ -115,16 +120,31 @@ class FeatureEvaluator:
         Raises:
             ValueError: if the count or the image contract is broken.
         """
+        return self.scores_and_grades(images)[0]
+
+    def asked(self) -> list[str]:
+        """The prompts, or the classes in words; none of an unconditional teacher."""
+        return self.prompts or [f"class {label}" for label in ([] if self.labels is None else self.labels.tolist())]
+
+    def scores_and_grades(self, images: Tensor) -> tuple[dict[str, float], Tensor]:
+        """``scores`` and each image's ``grade``, float32 (n,) on the CPU; empty without one.
+
+        Raises:
+            ValueError: as ``scores``.
+        """
         check_images(images)
         if len(images) != self.n:
             raise ValueError(f"images must number n={self.n}, got {len(images)}; scores of other counts do not compare")
-        moments, bank = MeanCov(self.extractor.dim, self.device), []
+        moments, bank, grades = MeanCov(self.extractor.dim, self.device), [], torch.empty(0)
+        near = []
         keeps = bool({*BANKS, "frechet_infinity"} & set(self.metrics))
         for batch in images.split(BATCH):
             features = self.extractor(batch).to(self.device)
             moments.update(features)
             if keeps:
                 bank.append(features)
+            if self.grade == "nearest":
+                near.append(torch.cdist(features, self.reference.features.to(self.device)).amin(1).cpu())
         scores = {}
         if "frechet" in self.metrics:
             scores[self.frechet] = frechet_distance(self.reference.moments, moments)
@@ -136,8 +156,9 @@ class FeatureEvaluator:
                 scores[f"{name}_drift"] = mean - self.reference.colour[name]
         if "clip_score" in self.metrics:
             seen = torch.cat([self.clip.images(batch) for batch in images.split(BATCH)])
-            scores["clip_score"] = float(agreement(seen, self.clip.texts(self.prompts)).double().mean())
-        return scores
+            grades = agreement(seen, self.clip.texts(self.prompts)).cpu()
+            scores["clip_score"] = float(grades.double().mean())
+        return scores, torch.cat(near) if near else grades
 
     def ceiling(self) -> dict[str, float]:
         """What ``held_out`` scores; nothing without."""
@@ -149,7 +170,10 @@ class FeatureEvaluator:
         The reference stands for prompts and labels as well.
         """
         judge = self.clip.images if metric == "clip_score" else None if metric in COLOUR else self.extractor
+        kept = 0 if self.reference.features is None else len(self.reference.features)
+        counts = {"images": min(self.n, kept), "references": kept}
         return {
+            "items": counts.get(metric_info(metric).share_of) or None,
             "n": self.n,
             "extractor_sha256": None if judge is None else judge.sha256,
             "reference_sha256": self.reference_sha256,
@@ -172,6 +196,12 @@ class FeatureEvaluator:
                 found = of(real, near, self.k)._asdict()
                 scores |= {f"{name}{suffix}": 100 * value for name, value in found.items() if name in wants}
         return scores
+
+    def _grade(self) -> str:
+        if "clip_score" in self.metrics:
+            return "clip_score"
+        asks = self.prompts is not None or self.labels is not None
+        return "nearest" if asks and self.reference.features is not None else ""
 
     def _allowed(self, metrics: Sequence[str] | None) -> tuple[str, ...]:
         """The metrics to compute, in the order of ``METRICS``."""

@@ -5,7 +5,7 @@ metric of a set (FD, recall, CMMD ..)  ``t_interval`` over two or more generatio
 the same, A against B                  ``t_difference`` over the same seeds: the noise that both share drops out
 KID of one set                         ``t_interval`` of ``mmd.kid_blocks``
 mean over prompts (CLIP score ..)      ``bootstrap_mean``; A against B ``paired_bootstrap``
-fraction (accuracy)                    ``wilson_interval``
+fraction of images (accuracy ..)       ``wilson_interval``
 =====================================  ==========================================================================
 
 The truth that an interval speaks of is the expectation at the given number of samples: FD_N, not FD infinity. A

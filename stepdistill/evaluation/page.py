@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+INK = "#1c2733"
+"""Text and axes of plots; inside a page it becomes the page's own text colour, so that a dark page stays readable."""
+
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>

@@ -5,11 +5,9 @@ Figures are built without pyplot, so no window, backend or style outside this fi
 
 from __future__ import annotations
 
-import html
 import io
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,10 +23,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from stepdistill.checkpoint import write_atomically
-from stepdistill.evaluation.records import SECONDS, Record, Row, metric_info, metrics_of, table_rows
+from stepdistill.evaluation.columns import SECONDS, metric_info
+from stepdistill.evaluation.page import INK
+from stepdistill.evaluation.records import Record
+from stepdistill.evaluation.tables import Row, metrics_of, table_rows
 
-INK = "#1c2733"
-"""Text and axes; inside a page it becomes the page's own text colour, so that a dark page stays readable."""
 COLOURS = ("#2f81c7", "#d9662b", "#2a9d78", "#b65fa3", "#c2931c", "#7b7fd6", "#c4475b", "#4aa3b5")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 FRONT = "#2a9d78"
@@ -184,23 +183,6 @@ def svg_of(figure: Figure) -> str:
     with _style():
         figure.savefig(buffer, format="svg", transparent=True)
     return buffer.getvalue().replace("<svg ", '<svg style="background: white" ', 1)
-
-
-def inline_svg(svg: str, prefix: str, label: str) -> str:
-    """``svg_of`` as an element of a page: scalable, in its text colour, without links, named for screen readers.
-
-    Args:
-        svg: the file's text.
-        prefix: put before every id, since ids must be unique on a page.
-        label: what the picture shows.
-    """
-    svg = svg[svg.index("<svg") :].replace(' style="background: white"', "", 1)
-    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\s(xmlns(:xlink)?|version)="[^"]*"', "", svg)
-    svg = svg.replace("xlink:href=", "href=").replace(INK, "currentColor")
-    svg = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
-    svg = re.sub(r'<svg width="[^"]*" height="[^"]*"', "<svg", svg, count=1)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
 
 
 def _series(rows: Sequence[Row]) -> list[Series]:

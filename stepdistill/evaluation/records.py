@@ -12,67 +12,25 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
-from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Decimal
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from scipy.special import stdtrit
 
 from stepdistill.checkpoint import write_atomically
+from stepdistill.evaluation.columns import SECONDS, metric_info
+from stepdistill.evaluation.intervals import wilson_interval
 
 ROLES = ("teacher", "student")
-PACKAGES = ("stepdistill", "torch", "diffusers", "numpy", "scikit-learn")
-PROTOCOL_FIELDS = ("n", "extractor_sha256", "reference_sha256", "resize")
-SECONDS = "seconds_per_image"
-
-
-class MetricInfo(NamedTuple):
-    """How a metric is shown."""
-
-    label: str
-    unit: str
-    better: Literal["lower", "higher", ""]  # "": no direction, never highlighted
-
-
-METRICS: dict[str, MetricInfo] = {
-    "fd": MetricInfo("FD", "%", "lower"),
-    "pix": MetricInfo("pixel FD", "%", "lower"),
-    "fd_clip": MetricInfo("CLIP FD", "%", "lower"),
-    "fid": MetricInfo("FID", "", "lower"),
-    "fid_infinity": MetricInfo("FID∞", "", "lower"),
-    "frechet": MetricInfo("Fréchet distance", "", "lower"),
-    "frechet_infinity": MetricInfo("Fréchet distance∞", "", "lower"),
-    "kid": MetricInfo("KID", "", "lower"),
-    "cmmd": MetricInfo("CMMD", "", "lower"),
-    "precision": MetricInfo("precision", "%", "higher"),
-    "recall": MetricInfo("recall", "%", "higher"),
-    "density": MetricInfo("density", "%", ""),
-    "coverage": MetricInfo("coverage", "%", "higher"),
-    "accuracy": MetricInfo("accuracy", "%", "higher"),
-    "alignment": MetricInfo("alignment", "%", "higher"),
-    "clip_score": MetricInfo("CLIP score", "", "higher"),
-    "vendi": MetricInfo("Vendi score", "", "higher"),
-    "saturation_drift": MetricInfo("saturation drift", "points", ""),
-    "contrast_drift": MetricInfo("contrast drift", "points", ""),
-    SECONDS: MetricInfo("time", "s / image", "lower"),
-}
-"""In the order in which tables show them, the first being the one that sums a result up."""
-
-BRIEF = ("fd", "pix", "fd_clip", "fid", "frechet", "kid", "precision", "recall", "coverage", "alignment", "clip_score")
-"""What a short table shows, of what was measured."""
-
-
-def metric_info(metric: str) -> MetricInfo:
-    """Label, unit and direction of a metric; one that is not in ``METRICS`` is shown under its own name."""
-    return METRICS.get(metric, MetricInfo(metric, "", ""))
-
-
-def metrics_of(records: Sequence[Record]) -> list[str]:
-    """The metrics that the records hold, in the order of ``METRICS``, then the others as they appear."""
-    present = list(dict.fromkeys(record.metric for record in records))
-    return [m for m in METRICS if m in present] + [m for m in present if m not in METRICS]
+PACKAGES = (
+    "stepdistill", "torch", "diffusers", "transformers", "peft", "open_clip_torch", "torchmetrics", "numpy", "scipy",
+    "scikit-learn", "pillow",
+)  # fmt: skip
+"""Whose versions may move a number."""
+PROTOCOL_FIELDS = ("n", "extractor_sha256", "reference_sha256", "resize", "dtype")
 
 
 @dataclass(frozen=True)
@@ -99,7 +57,7 @@ class Record:
     value: float
     """Mean over seeds, finite."""
     ci95: float | None
-    """Half width of the 95 % interval over seeds; None where one seed gives no interval."""
+    """Half width of the 95 % interval, see ``interval_of``; None where one seed gives none."""
     n: int
     """Images per seed."""
     seeds: list[int]
@@ -113,9 +71,15 @@ class Record:
     device: str
     date: str
     """ISO 8601, UTC."""
+    values: list[float] = field(default_factory=list)
+    """Of each seed, in their order, for comparisons on the same noise; empty of times, and where they were not kept."""
+    items: int | None = None
+    """Of a percentage that counts, how many images or references one seed has; None of any other metric."""
+    dtype: str = "float32"
+    """In which networks computed. (Records that do not say are from before there was another.)"""
 
     def __post_init__(self) -> None:
-        for name in ("subject", "method", "sampler", "metric", "resize", "device"):
+        for name in ("subject", "method", "sampler", "metric", "resize", "device", "dtype"):
             _expect(name, vars(self)[name], "a non-empty string", lambda v: isinstance(v, str) and v.strip() != "")
         _expect("role", self.role, "'teacher' or 'student'", lambda v: v in ROLES)
         for name in ("steps", "nfe", "n"):
@@ -137,6 +101,13 @@ class Record:
             "an object of package: version",
             lambda v: isinstance(v, dict) and all(isinstance(x, str) for pair in v.items() for x in pair),
         )
+        _expect(
+            "values",
+            self.values,
+            "a list of one finite number for each seed, or of none",
+            lambda v: isinstance(v, list) and all(map(_is_finite, v)) and len(v) in (0, len(self.seeds)),
+        )
+        _expect("items", self.items, "an integer >= 1 or null", lambda v: v is None or (_is_int(v) and v >= 1))
         _expect("date", self.date, "an ISO date such as '2025-01-31'", _is_date)
 
 
@@ -187,8 +158,10 @@ def records_from_scores(
     guidance: float = 1.0,
     versions: Mapping[str, str] | None = None,
     date: str | None = None,
+    items: int | None = None,
+    dtype: str = "float32",
 ) -> list[Record]:
-    """One record per metric: the mean over seeds with its Student-t interval. It has a record's fields for arguments.
+    """One record per metric: the mean over seeds with ``interval_of`` it. It has a record's fields for arguments.
 
     The interval speaks of the seeds it was given: sampling seeds say nothing about training again.
 
@@ -209,6 +182,8 @@ def records_from_scores(
         guidance: 1 is none.
         versions: default: those of the installed packages that matter.
         date: default: today.
+        items: see ``Record``.
+        dtype: see ``Record``.
 
     Raises:
         ValueError: if seeds and scores do not match, the metrics differ between seeds, or a field is impossible.
@@ -221,7 +196,8 @@ def records_from_scores(
             raise ValueError(f"seed {seed} has metrics {sorted(scores)}, the first seed has {sorted(metrics)}")
     records = []
     for metric in metrics:
-        value, ci95 = mean_and_ci95([scores[metric] for scores in scores_per_seed])
+        values = [float(scores[metric]) for scores in scores_per_seed]
+        value, ci95 = interval_of(metric, values, items)
         record = Record(
             subject=subject,
             role=role,
@@ -241,6 +217,9 @@ def records_from_scores(
             versions=dict(installed_versions() if versions is None else versions),
             device=device,
             date=datetime.now(timezone.utc).date().isoformat() if date is None else date,
+            values=values,
+            items=items if metric_info(metric).share_of else None,
+            dtype=dtype,
         )
         records.append(record)
     return records
@@ -260,16 +239,48 @@ def mean_and_ci95(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), half
 
 
-def brief_table(records: Sequence[Record]) -> str:
-    """``markdown_table`` of the metrics in ``BRIEF`` that the records hold."""
-    present = metrics_of(records)
-    return markdown_table(records, [metric for metric in BRIEF if metric in present])
+def interval_of(metric: str, values: Sequence[float], items: int | None) -> tuple[float, float | None]:
+    """Mean over seeds and half width of its 95 % interval, by the metric's own rule; None where one seed gives none.
+
+    ===================================================  =========================================================
+    percentages of generated images (accuracy,           Wilson's, of all images of all seeds: each is a draw of its
+    alignment, precision)                                own, so that one seed will do and agreement is no certainty
+    percentages of references (recall, coverage)         Student's t over seeds, as references share neighbours; no
+                                                         narrower than ``resolution``: seeds may agree by chance
+    all others, and percentages of unknown ``items``     Student's t over seeds
+    ===================================================  =========================================================
+
+    Args:
+        metric: its name.
+        values: of each seed, percentages in percent.
+        items: how many images or references one seed's percentage counts.
+
+    Raises:
+        ValueError: if a value is NaN or infinite, or no percentage where it must be one.
+    """
+    mean, half = mean_and_ci95(values)
+    of = metric_info(metric).share_of
+    if items is None or not of:
+        return mean, half
+    if not all(0 <= value <= 100 for value in values):
+        raise ValueError(f"{metric} must be percentages from 0 to 100, got {list(values)}")
+    if of == "images":
+        count = items * len(values)
+        return mean, 100 * wilson_interval(round(mean / 100 * count), count).half_width
+    return mean, None if half is None else max(half, resolution(items))
+
+
+def resolution(count: int) -> float:
+    """The least half width, in percent, that ``count`` cases support: Wilson's upper end of 0 exceptions among them."""
+    return 100 * wilson_interval(0, count).high
 
 
 def check_same_protocol(records: Sequence[Record]) -> None:
     """Lets records stand in one table only if, metric by metric, they were made alike.
 
-    Alike means the same n, extractor, reference and resize; for ``seconds_per_image`` also the same device.
+    Alike means the same n, extractor, reference, resize and dtype; for ``seconds_per_image`` also the same device.
+    Seeds and versions may differ: both are shown (``differing_versions``), and only students and teachers of the same
+    seeds are subtracted. Within one bench neither can differ, being part of what its outcomes are kept under.
 
     Raises:
         ValueError: naming the metric, the two subjects, the field and both values.
@@ -287,103 +298,23 @@ def check_same_protocol(records: Sequence[Record]) -> None:
                 )
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of a table: everything measured for one subject, sampled in one way."""
-
-    subject: str
-    role: str
-    method: str
-    sampler: str
-    steps: int
-    nfe: int
-    guidance: float
-    cells: dict[str, Record] = field(default_factory=dict)
-    """By metric."""
+def differing_versions(records: Sequence[Record]) -> list[str]:
+    """Packages of which records name several versions: ``torch 2.6.0 and 2.7.0``."""
+    found: dict[str, dict[str, None]] = {}
+    for record in records:
+        for name, number in record.versions.items():
+            found.setdefault(name, {})[number] = None
+    return [f"{name} {' and '.join(numbers)}" for name, numbers in found.items() if len(numbers) > 1]
 
 
-def table_rows(records: Sequence[Record]) -> list[Row]:
-    """Records of comparable protocol, gathered into rows: teachers first, otherwise in order of appearance.
-
-    Raises:
-        ValueError: if two records claim the same cell, or ``check_same_protocol`` objects.
-    """
-    check_same_protocol(records)
-    rows: dict[tuple, Row] = {}
-    for r in records:
-        key = (r.subject, r.role, r.method, r.sampler, r.steps, r.nfe, r.guidance)
-        row = rows.setdefault(key, Row(*key))
-        if r.metric in row.cells:
-            raise ValueError(f"two records give {r.metric} of {r.subject!r} at {r.steps} steps; keep one")
-        row.cells[r.metric] = r
-    return sorted(rows.values(), key=lambda row: ROLES.index(row.role))
-
-
-def best_students(rows: Sequence[Row], metric: str) -> list[Row]:
-    """The student rows with the best value of a metric, and those whose intervals reach into the best one's.
-
-    Empty for a metric that has no direction.
-    """
-    better = metric_info(metric).better
-    students = [row for row in rows if row.role == "student" and metric in row.cells]
-    if not better or not students:
-        return []
-    best = (min if better == "lower" else max)((row.cells[metric] for row in students), key=lambda r: r.value)
-    return [row for row in students if _overlap(row.cells[metric], best)]
-
-
-def markdown_table(records: Sequence[Record], metrics: Sequence[str]) -> str:
-    """A GitHub table, one row per subject and way of sampling; the best students of each column are bold.
-
-    Raises:
-        ValueError: if a metric was never measured, a cell is claimed twice, or protocols differ within a metric.
-    """
-    rows = table_rows([record for record in records if record.metric in metrics])
-    for metric in metrics:
-        if not any(metric in row.cells for row in rows):
-            raise ValueError(f"no record has metric {metric!r}; there are {sorted({r.metric for r in records})}")
-    best = {metric: best_students(rows, metric) for metric in metrics}
-    head = ["subject", "role", "method", "sampler", "steps", "NFE", *(heading(metric) for metric in metrics)]
-    lines = [head, ["---"] * 4 + ["---:"] * (2 + len(metrics))]
-    for row in rows:
-        line = [row.subject, row.role, row.method, row.sampler, str(row.steps), str(row.nfe)]
-        for metric in metrics:
-            text = format_value(row.cells[metric].value, row.cells[metric].ci95) if metric in row.cells else "-"
-            line.append(f"**{text}**" if row in best[metric] else text)
-        lines.append(line)
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
-
-
-def heading(metric: str) -> str:
-    """A column's heading: the metric's label and unit, with an arrow towards better."""
-    label, unit, better = metric_info(metric)
-    return " ".join(part for part in (label, unit, {"lower": "↓", "higher": "↑", "": ""}[better]) if part)
-
-
-def format_value(value: float, ci95: float | None) -> str:
-    """A value with no digit that its interval does not support, such as ``0.20 ± 0.02``.
-
-    The half width is rounded up to one digit and the value to the place of that digit. A single seed supports nothing
-    in particular: it gets two digits and no ±, more where two would carry (99.6 is not 100). Seeds that agree exactly
-    get up to four.
-    """
-    number = Decimal(f"{value:.12g}")
-    if ci95 is None:
-        place = number.adjusted() - 1
-        while _rounded(number, place).adjusted() > number.adjusted():
-            place -= 1
-        return f"{_rounded(number, place):f}"
-    if ci95 <= 1e-6 * abs(value):
-        text = f"{_rounded(number, number.adjusted() - 3):f}"
-        return (text.rstrip("0").rstrip(".") if "." in text else text) + " ± 0"
-    half = Decimal(f"{ci95:.6g}")
-    half = half.quantize(Decimal(1).scaleb(half.adjusted()), rounding=ROUND_CEILING)
-    return f"{_rounded(number, half.adjusted()):f} ± {_rounded(half, half.adjusted()):f}"
+@lru_cache(maxsize=1)
+def _installed_versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of the packages a result depends on."""
-    return {name: version(name) for name in PACKAGES}
+    """Versions of the packages a result depends on; all are requirements of this one."""
+    return dict(_installed_versions())
 
 
 def device_name(device: torch.device | str) -> str:
@@ -396,6 +327,10 @@ def device_name(device: torch.device | str) -> str:
     return str(device)
 
 
+LATER_FIELDS = ("values", "items", "dtype")
+"""That records of older versions lack."""
+
+
 def _record_of(row: object, where: str) -> Record:
     if not isinstance(row, dict):
         raise ValueError(f"{where} must be an object, got {type(row).__name__}")
@@ -404,7 +339,7 @@ def _record_of(row: object, where: str) -> Record:
         if name not in names:
             raise ValueError(f"{where} has the unknown field {name!r}; a record has {', '.join(names)}")
     for name in names:
-        if name not in row:
+        if name not in row and name not in LATER_FIELDS:
             raise ValueError(f"{where} lacks the field {name!r}")
     try:
         return Record(**row)
@@ -437,13 +372,3 @@ def _is_date(value: object) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _overlap(one: Record, other: Record) -> bool:
-    return abs(one.value - other.value) <= (one.ci95 or 0.0) + (other.ci95 or 0.0)
-
-
-def _rounded(number: Decimal, place: int) -> Decimal:
-    """The number rounded to 10^place; zero comes without a sign."""
-    rounded = number.quantize(Decimal(1).scaleb(place), rounding=ROUND_HALF_EVEN)
-    return rounded if rounded else rounded.copy_abs()

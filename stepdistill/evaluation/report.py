@@ -5,61 +5,29 @@ Numbers come from records and from nothing else. The page asks the network for n
 
 from __future__ import annotations
 
-import base64
-import io
-import math
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from PIL import Image
-from torch import Tensor
-from torch.nn.functional import avg_pool2d
-
 from stepdistill.checkpoint import write_atomically
-from stepdistill.evaluation.page import CSS, JS, PAGE
-from stepdistill.evaluation.plots import figures_of, inline_svg, quality_plot, svg_of, training_figures
-from stepdistill.evaluation.records import (
-    SECONDS,
-    Record,
+from stepdistill.evaluation.columns import SECONDS, heading, metric_info
+from stepdistill.evaluation.grids import Grid, Panel, panel_of
+from stepdistill.evaluation.intervals import Interval
+from stepdistill.evaluation.page import CSS, INK, JS, PAGE
+from stepdistill.evaluation.records import Record, differing_versions
+from stepdistill.evaluation.tables import (
     Row,
     best_students,
+    difference_words,
+    differences,
+    format_difference,
     format_value,
-    heading,
-    metric_info,
     metrics_of,
+    quoted_teacher,
     table_rows,
 )
-
-LARGEST_TILE = 256
-"""Pixels; larger images are reduced for the page, which would otherwise weigh tens of megabytes."""
-
-__all__ = ["Failures", "Grid", "Panel", "headline", "image_grid", "quality_plot", "save_grid", "write_report"]
-
-
-class Grid(NamedTuple):
-    """Images to show together; give teacher and student the same noise and the same classes."""
-
-    title: str
-    images: Tensor  # uint8 (R * C, 3, H, W), row by row
-    columns: int
-    captions: tuple[str, ...] = ()  # of the columns, from the left
-    steps: int | None = None  # grids of one title and several step counts share a place, and a slider chooses
-    note: str = ""  # beside the title
-
-
-class Panel(NamedTuple):
-    """A grid as the page holds it."""
-
-    title: str
-    png: str  # base64
-    count: int
-    columns: int
-    captions: tuple[str, ...] = ()
-    steps: int | None = None
-    note: str = ""
 
 
 class Failures(NamedTuple):
@@ -67,63 +35,13 @@ class Failures(NamedTuple):
 
     subject: str
     steps: int
-    share: str  # of images that are right, as the table shows it
-    png: str  # base64, a row of images that went wrong; empty where there are none
+    summary: str  # how it does over all, in words
+    measure: str  # what is told of each thing asked for: "right", or a metric
+    shown: str  # what the pictures are: those that went wrong, or have the worst grades
+    png: str  # base64, a row of such images; empty where there are none
     captions: tuple[str, ...]  # what these were asked to show
-    worst: tuple[tuple[str, int, int, int, int], ...]
-    """(what was asked, right, of how many, the same of the teacher's long run), furthest behind the teacher first."""
-
-
-def panel_of(grid: Grid) -> Panel:
-    """The grid as a PNG, large images reduced."""
-    factor = math.ceil(grid.images.shape[-1] / LARGEST_TILE)
-    note = grid.note if factor == 1 else f"{grid.note} (shown at 1/{factor} of their size)".strip()
-    return Panel(grid.title, png_of(grid.images, grid.columns), len(grid.images), grid.columns, *grid[3:5], note)
-
-
-def png_of(images: Tensor, columns: int) -> str:
-    """Base64 of a PNG for the page: images uint8 (B, 3, H, W) in rows, large ones reduced, small ones enlarged."""
-    factor = math.ceil(images.shape[-1] / LARGEST_TILE)
-    if factor > 1:
-        images = avg_pool2d(images.float(), factor).round().to(torch.uint8)
-    return base64.b64encode(_png(images, columns)).decode()
-
-
-def image_grid(images: Tensor, columns: int, scale: int = 1) -> Image.Image:
-    """Images side by side on a transparent ground, every pixel repeated ``scale`` times.
-
-    Args:
-        images: uint8 (B, 3, H, W), row by row; the last row may be short.
-        columns: images per row.
-        scale: side of one pixel, >= 1.
-
-    Raises:
-        ValueError: if the images break the contract, there are none, or a number is below 1.
-    """
-    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8 or not len(images):
-        raise ValueError(f"images must be uint8 (B, 3, H, W), B >= 1, got {tuple(images.shape)} of {images.dtype}")
-    if columns < 1 or scale < 1:
-        raise ValueError(f"columns and scale must be at least 1, got {columns} and {scale}")
-    height, width = images.shape[2] * scale, images.shape[3] * scale
-    gap = 1 + min(height, width) // 24
-    columns = min(columns, len(images))
-    rows = math.ceil(len(images) / columns)
-    sheet = Image.new("RGBA", (columns * (width + gap) - gap, rows * (height + gap) - gap))
-    for i, pixels in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
-        tile = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
-        sheet.paste(tile, (i % columns * (width + gap), i // columns * (height + gap)))
-    return sheet
-
-
-def save_grid(path: Path, images: Tensor, columns: int) -> None:
-    """Writes an image grid as PNG, small images enlarged to about 40 pixels; whole or not at all.
-
-    Raises:
-        ValueError: see ``image_grid``.
-        OSError: if the disk refuses.
-    """
-    png = _png(images, columns)
-    write_atomically(Path(path), lambda aside: aside.write_bytes(png))
+    worst: tuple[tuple[str, str, str], ...]
+    """(what was asked, how the student did, how the teacher's long run did), furthest behind the teacher first."""
 
 
 def headline(records: Sequence[Record]) -> str:
@@ -202,6 +120,7 @@ def write_report(
         f'<p class="headline">{escape(summary)}</p>',
         *(f"<p>{escape(paragraph)}</p>" for paragraph in notes.split("\n\n") if paragraph.strip()),
         _section("Results", _table(records) + _table_caption(records) + _list(left_out)),
+        _section("Students minus teacher", gaps) if (gaps := _differences(records)) else "",
         _section("Samples", _grids([panel_of(g) if isinstance(g, Grid) else g for g in grids])) if grids else "",
         _section("Where students fail", _failures(failures)) if failures else "",
         _section("Plots", _plots(drawn(records) if plots is None else plots)),
@@ -253,10 +172,36 @@ def _metric_cell(row: Row, metric: str, best: bool) -> str:
 def _table_caption(records: Sequence[Record]) -> str:
     text = "Tinted: the best student of each column, and students whose 95 % intervals reach into its own."
     if any(record.ci95 is not None for record in records):
-        text += " ±: half width of the Student-t interval over sampling seeds, rounded up."
+        text += (
+            " ±: half width of the 95 % interval, rounded up; of shares of images Wilson's, of all else Student's t "
+            "over sampling seeds."
+        )
     if any(record.ci95 is None for record in records):
         text += " Values without ± come from one seed."
     return f'<p class="small">{text} Click a heading to sort.</p>'
+
+
+def _differences(records: Sequence[Record]) -> str:
+    """Every student's paired differences from the teacher's long run; empty where there are none."""
+    rows = table_rows(records)
+    gaps = {metric: found for metric in metrics_of(records) if (found := differences(rows, metric))}
+    if not gaps:
+        return ""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("subject", "steps", *map(heading, gaps)))
+    lines = []
+    for i, row in enumerate(rows):
+        if any(i in found for found in gaps.values()):
+            cells = "".join(_difference_cell(found.get(i)) for found in gaps.values())
+            lines.append(f'<tr><th scope="row">{escape(row.subject)}</th>{_number_cell(row.steps)}{cells}</tr>')
+    table = f'<table id="differences"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+    words = difference_words(quoted_teacher(rows)).replace("bold:", "tinted:")
+    return f'<div class="scroll">{table}</div><p class="small">{escape(words)}</p>'
+
+
+def _difference_cell(gap: Interval | None) -> str:
+    if gap is None:
+        return '<td class="number"></td>'
+    return f'<td class="number{" best" if gap.decides else ""}">{format_difference(gap)}</td>'
 
 
 def _list(lines: Sequence[str]) -> str:
@@ -328,26 +273,25 @@ def _failures(failures: Sequence[Failures]) -> str:
     blocks = []
     for one in failures:
         worst = one.worst[0] if one.worst else None
-        words = f"most often {worst[0]!r}, right {worst[1]} of {worst[2]} times" if worst else "nothing went wrong"
+        words = f"worst {worst[0]!r}, {worst[1]}" if worst else "nothing went wrong"
         picture = ""
         if one.png:
             picture = (
-                f'<img class="strip" alt="{escape(f"{one.subject}: {len(one.captions)} images that went wrong")}" '
-                f'src="data:image/png;base64,{one.png}"><p class="small">Went wrong, from the left; asked for: '
-                f"{escape('; '.join(one.captions))}.</p>"
+                f'<img class="strip" alt="{escape(f"{one.subject}, {one.shown}: {len(one.captions)} images")}" '
+                f'src="data:image/png;base64,{one.png}"><p class="small">{escape(one.shown)}, from the left; '
+                f"asked for: {escape('; '.join(one.captions))}.</p>"
             )
         rows = "".join(
-            f'<tr><td>{escape(what)}</td><td class="number">{right} of {of}</td>'
-            f'<td class="number">{f"{long_right} of {long_of}" if long_of else ""}</td></tr>'
-            for what, right, of, long_right, long_of in one.worst
+            f'<tr><td>{escape(what)}</td><td class="number">{own}</td><td class="number">{teacher}</td></tr>'
+            for what, own, teacher in one.worst
         )
-        head = "".join(f'<th scope="col">{name}</th>' for name in ("asked for", "right", "teacher"))
+        head = "".join(f'<th scope="col">{name}</th>' for name in ("asked for", escape(one.measure), "teacher"))
         table = (
             f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
             if rows
             else ""
         )
-        title = f"{escape(one.subject)}, {_steps(one.steps)}: {escape(one.share)} right"
+        title = f"{escape(one.subject)}, {_steps(one.steps)}: {escape(one.summary)}"
         blocks.append(f"<details><summary>{title} <span>{escape(words)}</span></summary>{picture}{table}</details>")
     note = '<p class="small">Furthest behind the teacher\'s long run first; all sampling seeds together.</p>'
     return note + "".join(blocks)
@@ -355,6 +299,8 @@ def _failures(failures: Sequence[Failures]) -> str:
 
 def drawn(records: Sequence[Record]) -> list[tuple[str, str]]:
     """Captions and SVG of all figures that records have numbers for."""
+    from stepdistill.evaluation.plots import figures_of, svg_of  # matplotlib takes its time
+
     return [(caption, svg_of(figure)) for caption, figure in figures_of(records)]
 
 
@@ -372,7 +318,26 @@ def _plots(plots: Sequence[tuple[str, str]]) -> str:
     return f'<div class="plots">{"".join(figures)}</div><p class="small">{note}</p>'
 
 
+def inline_svg(svg: str, prefix: str, label: str) -> str:
+    """``svg_of`` as an element of a page: scalable, in its text colour, without links, named for screen readers.
+
+    Args:
+        svg: the file's text.
+        prefix: put before every id, since ids must be unique on a page.
+        label: what the picture shows.
+    """
+    svg = svg[svg.index("<svg") :].replace(' style="background: white"', "", 1)
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s(xmlns(:xlink)?|version)="[^"]*"', "", svg)
+    svg = svg.replace("xlink:href=", "href=").replace(INK, "currentColor")
+    svg = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
+    svg = re.sub(r'<svg width="[^"]*" height="[^"]*"', "<svg", svg, count=1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+
+
 def _training(curves: Path, prefix: str) -> str:
+    from stepdistill.evaluation.plots import svg_of, training_figures  # matplotlib takes its time
+
     figures = []
     for i, (name, figure) in enumerate(training_figures(curves)):
         svg = inline_svg(svg_of(figure), f"{prefix}{i}", f"{name} against training step")
@@ -385,22 +350,26 @@ def _protocol(records: Sequence[Record]) -> str:
     ways: dict[tuple, list[str]] = {}
     for r in records:
         seeds = ", ".join(map(str, r.seeds))
-        way = (str(r.n), seeds, r.extractor_sha256 or "none", r.reference_sha256 or "none", r.resize, r.device, r.date)
+        way = (
+            str(r.n),
+            seeds,
+            r.extractor_sha256 or "none",
+            r.reference_sha256 or "none",
+            r.resize,
+            r.dtype,
+            r.device,
+            r.date,
+        )
         ways.setdefault(way, []).append(r.metric)
-    names = ("images per seed", "seeds", "extractor sha256", "reference sha256", "resize", "device", "date")
+    names = ("images per seed", "seeds", "extractor sha256", "reference sha256", "resize", "dtype", "device", "date")
     lists = []
     for way, metrics in ways.items():
         items = [("metrics", ", ".join(dict.fromkeys(metrics))), *zip(names, way, strict=True)]
         lists.append("<dl>" + "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in items) + "</dl>")
     versions = sorted({f"{name} {number}" for record in records for name, number in record.versions.items()})
-    return "\n".join(lists) + f"<dl><dt>versions</dt><dd>{escape(', '.join(versions))}</dd></dl>"
-
-
-def _png(images: Tensor, columns: int) -> bytes:
-    scale = max(1, round(40 / images.shape[-1]))  # digits are 8 pixels wide
-    buffer = io.BytesIO()
-    image_grid(images, columns, scale).save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
+    differ = differing_versions(records)
+    warning = f"<p>Not all values were made with the same versions: {escape('; '.join(differ))}.</p>" if differ else ""
+    return warning + "\n".join(lists) + f"<dl><dt>versions</dt><dd>{escape(', '.join(versions))}</dd></dl>"
 
 
 def _steps(steps: int) -> str:
@@ -412,5 +381,5 @@ def _value(row: Row, metric: str) -> str:
 
 
 def _quantity(row: Row, metric: str) -> str:
-    label, unit, _ = metric_info(metric)
+    label, unit = metric_info(metric)[:2]
     return f"{label} {_value(row, metric)} {unit}".strip()

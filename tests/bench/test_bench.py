@@ -22,6 +22,7 @@ from stepdistill.bench.opening import open_row
 from stepdistill.bench.rows import rows_of
 from stepdistill.build import new_student, open_teacher
 from stepdistill.evaluation.benchmark import bench_student, evaluator_for
+from stepdistill.evaluation.intervals import wilson_interval
 from stepdistill.evaluation.records import load_records
 from stepdistill.export import load_student, save_pipeline
 from stepdistill.lora_files import save_lora
@@ -122,9 +123,24 @@ def test_a_suite_gives_records_files_and_a_note_of_what_was_left_out(
         rows = list(csv.DictReader(file))
     assert [float(row["value"]) for row in rows] == [r.value for r in records]
     assert [json.loads(row["seeds"]) for row in rows] == [r.seeds for r in records]
+    long_run = {r.metric: r for r in records if (r.role, r.steps) == ("teacher", 3)}
+    for row, r in zip(rows, records, strict=True):
+        if r.role == "teacher" or r.metric == "seconds_per_image":
+            assert row["minus_teacher"] == row["minus_teacher_ci95"] == ""
+        else:
+            gap = torch.tensor(r.values, dtype=torch.float64) - torch.tensor(long_run[r.metric].values).double()
+            assert float(row["minus_teacher"]) == pytest.approx(float(gap.mean()), abs=1e-5)
+            assert float(row["minus_teacher_ci95"]) >= 12.7 * float(gap.std()) / 2**0.5 - 1e-3
+    (accuracy,) = (r for r in records if (r.subject, r.metric) == ("two", "accuracy"))
+    found = wilson_interval(round(accuracy.value / 100 * 40), 40)  # two seeds of twenty
+    assert (accuracy.items, accuracy.dtype, accuracy.ci95) == (20, "float32", pytest.approx(100 * found.half_width))
     table, page = (out / "table.md").read_text(), (out / "report" / "index.html").read_text()
     said = capsys.readouterr().out
-    for text in ("two: left out at 1, 4 steps; it serves 2 steps", "run: left out at 2 steps; it serves 1, 4 steps"):
+    for text in (
+        "Students minus teacher (3 steps, ddim)",
+        "two: left out at 1, 4 steps; it serves 2 steps",
+        "run: left out at 2 steps; it serves 1, 4 steps",
+    ):
         assert text in table and text in page and text in said
     plots = {path.stem for path in (out / "plots").glob("*.svg")}
     assert plots >= {
@@ -377,7 +393,7 @@ def test_judges_that_do_not_fit_are_named(ask: Ask, elsewhere: Path, tmp_path: P
     base = of(elsewhere)
     for judge, message in (
         ("short.py:judge", "judges n = 6 images and gives 5 conditions"),
-        ("other.py:judge", "judges n = 3 images, and the suite has n = 6"),
+        ("other.py:judge", "judges n = 3 images, and is asked for n = 6"),
         ("broken.py:judge", "ZeroDivisionError"),
         ("short.py:jugde", "no function jugde in"),
         ("none.py:judge", "no file .*none.py"),

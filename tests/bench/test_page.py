@@ -12,7 +12,8 @@ from stepdistill.bench.measure import Outcome
 from stepdistill.bench.output import records_from
 from stepdistill.bench.page import failures_of, write_page
 from stepdistill.bench.rows import Row
-from stepdistill.evaluation.report import png_of
+from stepdistill.evaluation.grids import png_of
+from stepdistill.evaluation.report import drawn
 from stepdistill.sampling import Ddim
 from tests.browser import Page, browser, find_browser
 
@@ -33,7 +34,8 @@ def outcome(name: str, role: str, steps: int, fd: tuple[float, float]) -> Outcom
     protocol = {"n": 10, "extractor_sha256": "a" * 64, "reference_sha256": "b" * 64, "resize": "none"}
     shade = torch.full((4, 3, 8, 8), 4 * steps + len(name), dtype=torch.uint8)
     common = {
-        "sampler": "ddim", "nfe": steps, "guidance": 1.0, "versions": {"torch": "2"}, "date": "2026-01-01",
+        "sampler": "ddim", "nfe": steps, "guidance": 1.0, "dtype": "float32",
+        "versions": {"torch": "2"}, "date": "2026-01-01",
         "protocols": dict.fromkeys(("fd", "recall", "accuracy", "seconds_per_image"), protocol), "asked": ASKED,
     }  # fmt: skip
     right = "1111111110" if role == "student" else "1" * 10
@@ -55,7 +57,8 @@ def outcomes() -> list[Outcome]:
 def page(outcomes: list[Outcome], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     """The page of a bench, open."""
     folder = tmp_path_factory.mktemp("page")
-    write_page(folder, outcomes, records_from(outcomes), ["left out: <nobody>"], title="A & B")
+    records = records_from(outcomes)
+    write_page(folder, outcomes, records, ["left out: <nobody>"], title="A & B", plots=drawn(records))
     with browser(BINARY, tmp_path_factory.mktemp("profile")) as page:
         page.size(1200, 900)
         page.open(folder / "report" / "index.html")
@@ -146,8 +149,8 @@ def test_a_bug_in_the_page_would_be_seen(page: Page) -> None:
 
 def test_worst_is_what_is_furthest_behind_the_teacher(outcomes: list[Outcome]) -> None:
     one = next(f for f in failures_of(outcomes, records_from(outcomes)) if (f.subject, f.steps) == ("both", 4))
-    assert one.worst == (("digit <1>", 8, 10, 10, 10),) and one.captions == ("digit <1>",)
-    assert one.share == "90 ± 0 %"
+    assert one.worst == (("digit <1>", "8 of 10", "10 of 10"),) and one.captions == ("digit <1>",)
+    assert one.summary == "90 ± 0 % right"
 
 
 def test_what_the_teacher_fails_at_as_well_is_not_the_students_worst(outcomes: list[Outcome]) -> None:
@@ -157,4 +160,4 @@ def test_what_the_teacher_fails_at_as_well_is_not_the_students_worst(outcomes: l
     # of "digit 0" (even places) both get 2 of 5 right, of "digit <1>" the student 4 and the teacher 5
     student, long_run = with_right(outcomes[-1], "0101011110"), with_right(outcomes[0], "0101011111")
     (found,) = failures_of([long_run, student], records_from([long_run, student]))
-    assert found.worst == (("digit <1>", 8, 10, 10, 10), ("digit 0", 4, 10, 4, 10))
+    assert found.worst == (("digit <1>", "8 of 10", "10 of 10"), ("digit 0", "4 of 10", "4 of 10"))

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from stepdistill.evaluation import alignment
 from stepdistill.evaluation.alignment import ShapesEvaluator
-from stepdistill.evaluation.records import brief_table, records_from_scores
+from stepdistill.evaluation.records import records_from_scores
+from stepdistill.evaluation.tables import brief_table
 from stepdistill.models.families import open_pipeline
 from stepdistill.paths import project_dir
 from stepdistill.shapes import HEADS, captions, draw

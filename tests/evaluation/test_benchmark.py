@@ -11,9 +11,10 @@ from torch import Tensor
 from stepdistill.build import new_student
 from stepdistill.evaluation import benchmark
 from stepdistill.evaluation.benchmark import bench_student, bench_teacher, check_judged, evaluator_for, pictures
+from stepdistill.evaluation.columns import SECONDS
 from stepdistill.evaluation.digits import DigitsEvaluator
-from stepdistill.evaluation.records import SECONDS
-from stepdistill.evaluation.report import Grid, write_report
+from stepdistill.evaluation.grids import Grid
+from stepdistill.evaluation.report import write_report
 from stepdistill.models.denoiser import Cond, Guided
 from stepdistill.models.families import Opened, open_pipeline
 from stepdistill.recipe import Weights

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stepdistill.evaluation.benchmark import bench_teacher
 from stepdistill.evaluation.clip import open_clip_model
+from stepdistill.evaluation.columns import SECONDS
 from stepdistill.evaluation.evaluator import METRICS, FeatureEvaluator
 from stepdistill.evaluation.extractors import shapes_classifier
 from stepdistill.evaluation.features import to_uint8
@@ -23,10 +24,10 @@ from stepdistill.evaluation.metrics import (
     precision_recall,
 )
 from stepdistill.evaluation.mmd import cmmd, kid
-from stepdistill.evaluation.records import SECONDS, markdown_table
 from stepdistill.evaluation.reference import Reference, read_images
 from stepdistill.evaluation.shapes import load_judges
 from stepdistill.evaluation.statistics_files import save_statistics
+from stepdistill.evaluation.tables import markdown_table
 from stepdistill.models.denoiser import Guided
 from stepdistill.models.families import open_pipeline
 from stepdistill.paths import project_dir
@@ -134,7 +135,9 @@ def test_clip_score_and_ceiling_and_protocol(reference):
     assert not {"frechet_infinity", "cmmd", "vendi", "precision"} & set(ceiling)
     judged = {metric: evaluator.protocol(metric) for metric in ceiling}
     assert judged["clip_score"]["extractor_sha256"] == clip.images.sha256
-    assert judged["frechet"] == judged["recall_k3"] == judged["frechet"] | {"extractor_sha256": "d" * 64, "n": 60}
+    assert judged["frechet"] == judged["frechet"] | {"extractor_sha256": "d" * 64, "n": 60, "items": None}
+    assert judged["recall_k3"] == judged["frechet"] | {"items": 300}  # references
+    assert judged["precision_k3"] == judged["frechet"] | {"items": 60}  # images
     assert judged["contrast_drift"]["extractor_sha256"] is None
     other = FeatureEvaluator(Mean4(), reference, prompts=[*texts[1:], texts[0]])
     assert other.protocol("kid")["reference_sha256"] != evaluator.protocol("kid")["reference_sha256"]

@@ -9,20 +9,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from stepdistill.evaluation import records as module
+from stepdistill.evaluation.intervals import wilson_interval
 from stepdistill.evaluation.records import (
     Record,
-    best_students,
     check_same_protocol,
-    format_value,
+    differing_versions,
+    interval_of,
     load_records,
-    markdown_table,
     mean_and_ci95,
     records_from_scores,
     save_records,
-    table_rows,
 )
+from stepdistill.evaluation.tables import markdown_table
 
 RECORD = Record(
     subject="KD | DMD2",
@@ -99,34 +100,6 @@ def test_scores_and_seeds_must_match():
 # Digits shown
 
 
-@pytest.mark.parametrize(
-    ("value", "ci95", "text"),
-    [
-        (0.19876, 0.0123, "0.20 ± 0.02"),  # rounded up: 0.01 would promise more than was measured
-        (0.19876, 0.01, "0.20 ± 0.01"),
-        (0.30000001, 0.30000000000000004, "0.3 ± 0.3"),  # but not for a float's last bit
-        (7.2749, 0.0951, "7.3 ± 0.1"),
-        (93.44, 1.2, "93 ± 2"),
-        (93.44, 12.0, "90 ± 20"),
-        (2.0, 25.0, "0 ± 30"),
-        (-0.001, 0.02, "0.00 ± 0.02"),
-        (99.98, 0.05, "99.98 ± 0.05"),
-        (1437.0, 3.0, "1437 ± 3"),
-        (100.0, 0.0, "100 ± 0"),
-        (1200.0, 0.0, "1200 ± 0"),
-        (99.46, 1e-14, "99.46 ± 0"),
-        (0.2345, None, "0.23"),
-        (7.0, None, "7.0"),
-        (99.6, None, "99.6"),  # two digits would say 100
-        (100.0, None, "100"),
-        (0.0, None, "0.0"),
-        (0.000123, None, "0.00012"),
-    ],
-)
-def test_no_digit_is_shown_that_the_interval_does_not_support(value, ci95, text):
-    assert format_value(value, ci95) == text
-
-
 # Validation
 
 
@@ -153,6 +126,10 @@ def test_no_digit_is_shown_that_the_interval_does_not_support(value, ci95, text)
         ("reference_sha256", "B" * 64),
         ("versions", {"torch": 2}),
         ("versions", []),
+        ("values", [1.0]),
+        ("values", [1.0, 2.0, math.nan]),
+        ("items", 0),
+        ("dtype", ""),
         ("date", "yesterday"),
         ("date", 20250131),
     ],
@@ -239,7 +216,13 @@ def test_a_missing_file_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "other"),
-    [("n", 2000), ("extractor_sha256", "c" * 64), ("reference_sha256", None), ("resize", "bicubic")],
+    [
+        ("n", 2000),
+        ("extractor_sha256", "c" * 64),
+        ("reference_sha256", None),
+        ("resize", "bicubic"),
+        ("dtype", "bfloat16"),
+    ],
 )
 def test_different_protocols_do_not_share_a_table(field, other):
     """Frechet distances fall with the number of samples: 2000 against 5000 is no comparison."""
@@ -249,6 +232,57 @@ def test_different_protocols_do_not_share_a_table(field, other):
         check_same_protocol([RECORD, alike, changed])
     with pytest.raises(ValueError, match=field):
         markdown_table([RECORD, changed], ["fd"])
+
+
+@pytest.mark.parametrize(
+    ("metric", "percent", "items", "half"),
+    [
+        # n of n right: Wilson's lower end is n / (n + z^2), z = 1.95996
+        ("accuracy", 100.0, 1000, 100 * 3.841459 / (3000 + 3.841459)),
+        ("precision_k3", 0.0, 200, 100 * 3.841459 / (600 + 3.841459)),
+        ("accuracy_shape", 100.0, 50, 100 * 3.841459 / (150 + 3.841459)),
+        # the same references in every seed: those of one are all there are
+        ("recall", 100.0, 1000, 100 * 3.841459 / (1000 + 3.841459)),
+        ("coverage", 50.0, 1000, 100 * 3.841459 / (1000 + 3.841459)),
+        # no percentage that counts, or nobody says what
+        ("density", 100.0, 1000, 0.0),
+        ("accuracy", 100.0, None, 0.0),
+    ],
+)
+def test_seeds_that_agree_leave_what_their_counts_leave(metric, percent, items, half):
+    assert interval_of(metric, [percent] * 3, items) == (percent, pytest.approx(half, rel=1e-6))
+
+
+def test_percentages_that_count_have_the_intervals_of_their_kind():
+    half = interval_of("accuracy", [80.0, 90.0, 100.0], 50)[1]
+    wilson = wilson_interval(135, 150)
+    assert half == pytest.approx(100 * max(wilson.high - 0.9, 0.9 - wilson.low))
+    assert interval_of("alignment", [90.0], 150)[1] == pytest.approx(half)  # one seed will do: images are draws
+    assert interval_of("recall", [80.0, 90.0, 100.0], 50) == mean_and_ci95([80.0, 90.0, 100.0])
+    assert interval_of("recall", [90.0], 150) == (90.0, None)
+    with pytest.raises(ValueError, match=r"accuracy must be percentages from 0 to 100, got \[101\]"):
+        interval_of("accuracy", [101], 50)
+
+
+def test_records_keep_what_paired_comparisons_need(tmp_path):
+    fd, recall = scored(items=1437, dtype="bfloat16")
+    assert (fd.values, fd.items, recall.values, recall.items) == ([1, 2, 3], None, [90, 91, 92], 1437)
+    assert fd.dtype == "bfloat16"
+    old = asdict(RECORD)
+    for name in ("values", "items", "dtype"):
+        del old[name]
+    (tmp_path / "results.json").write_text(json.dumps([old]))
+    assert load_records(tmp_path / "results.json") == [RECORD]
+
+
+def test_versions_may_differ_and_are_named():
+    other = replace(RECORD, subject="PD", versions={"torch": "2.7.0", "numpy": "2"})
+    check_same_protocol([RECORD, other])
+    assert differing_versions([RECORD, other, other]) == ["torch 2.6.0 and 2.7.0"]
+    assert differing_versions([other, other]) == []
+    named = module.installed_versions()
+    assert {"open_clip_torch", "transformers", "scipy", "pillow", "torch", "diffusers"} <= set(named)
+    assert named["torch"] == torch.__version__.partition("+")[0] or named["torch"] == torch.__version__
 
 
 def test_protocols_are_compared_metric_by_metric():
@@ -261,40 +295,6 @@ def test_seconds_of_two_devices_do_not_compare():
     with pytest.raises(ValueError, match=r"device differs \(cpu and cuda\)"):
         check_same_protocol([timing, replace(timing, subject="PD", device="cuda")])
     check_same_protocol([RECORD, replace(RECORD, subject="PD", device="cuda")])
-
-
-def test_rows_gather_metrics_and_put_teachers_first():
-    teacher = scored(subject="teacher", role="teacher", steps=50, nfe=50)
-    rows = table_rows([*scored(), *teacher, *scored(steps=4)])
-    assert [(row.subject, row.steps) for row in rows] == [("teacher", 50), ("KD", 1), ("KD", 4)]
-    assert set(rows[0].cells) == {"fd", "recall"}
-    with pytest.raises(ValueError, match="two records give fd of 'KD' at 1 steps"):
-        table_rows([*scored(), *scored()])
-
-
-def test_best_students_include_those_that_cannot_be_told_apart():
-    def at(subject: str, value: float, ci95: float | None, role: str = "student", metric: str = "fd") -> Record:
-        return replace(RECORD, subject=subject, value=value, ci95=ci95, role=role, metric=metric)
-
-    records = [at("T", 0.1, 0.0, "teacher"), at("A", 0.30, 0.02), at("B", 0.34, 0.03), at("C", 0.36, 0.03)]
-    assert [row.subject for row in best_students(table_rows(records), "fd")] == ["A", "B"]
-    recalls = [at("A", 90, None, metric="recall"), at("B", 91, None, metric="recall")]
-    assert [row.subject for row in best_students(table_rows(recalls), "recall")] == ["B"]
-    assert best_students(table_rows([at("A", 90, None, metric="density")]), "density") == []
-    assert best_students(table_rows([at("T", 0.1, 0.0, "teacher")]), "fd") == []
-
-
-def test_markdown_table_by_hand():
-    teacher = replace(RECORD, subject="T", role="teacher", method="-", sampler="ddim", steps=50, nfe=99, value=0.234)
-    recall = replace(RECORD, metric="recall", value=94.61, ci95=None)
-    assert markdown_table([RECORD, recall, teacher], ["fd", "recall"]).splitlines() == [
-        "| subject | role | method | sampler | steps | NFE | FD % ↓ | recall % ↑ |",
-        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: |",
-        "| T | teacher | - | ddim | 50 | 99 | 0.23 ± 0.01 | - |",
-        "| KD \\| DMD2 | student | dmd2 | renoise | 1 | 1 | **0.20 ± 0.01** | **95** |",
-    ]
-    with pytest.raises(ValueError, match=r"no record has metric 'kid'; there are \['fd', 'recall'\]"):
-        markdown_table([RECORD, recall], ["fd", "kid"])
 
 
 def test_device_name_tells_threads_apart(monkeypatch):

@@ -17,9 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stepdistill.evaluation.plots import pareto_front, steps_figure, training_figures
-from stepdistill.evaluation.records import Record, format_value, table_rows
-from stepdistill.evaluation.report import Grid, headline, image_grid, quality_plot, save_grid, write_report
+from stepdistill.evaluation.grids import Grid, image_grid, save_grid
+from stepdistill.evaluation.plots import pareto_front, quality_plot, steps_figure, training_figures
+from stepdistill.evaluation.records import Record
+from stepdistill.evaluation.report import headline, write_report
+from stepdistill.evaluation.tables import differences, format_difference, format_value, table_rows
 
 VOID = {"meta", "img", "br"}
 SCORES = {
@@ -185,6 +187,31 @@ def test_table_holds_the_records(page, records):
                 shown[subject, int(steps), metric] = (float(value), text)
     expected = {(r.subject, r.steps, r.metric): (r.value, format_value(r.value, r.ci95)) for r in records}
     assert shown == expected
+
+
+def test_differences_from_the_teacher_stand_below_the_results(tmp_path, records):
+    def with_values(one: Record) -> Record:
+        return replace(one, seeds=[0, 1], values=[one.value, one.value + 0.1 * one.steps])
+
+    kept = [with_values(one) for one in records if one.metric == "fd"]
+    text = write_report(tmp_path, title="t", records=kept, grids=[], curves=None).read_text()
+    rows = table_rows(kept)
+    found = differences(rows, "fd")
+    assert len(found) == sum(row.role == "student" for row in rows) >= 1
+    shown = [[cell for _, cell in row] for row in Page(text).rows]
+    for i, gap in found.items():
+        assert [rows[i].subject, str(rows[i].steps), format_difference(gap)] in shown
+    assert "Students minus teacher (50 steps, ddim) on the same noise" in text
+    alone = write_report(tmp_path, title="t", records=records, grids=[], curves=None).read_text()
+    assert "Students minus teacher" not in alone
+
+
+def test_versions_that_differ_are_said(tmp_path, records):
+    mixed = [replace(records[0], versions={"torch": "9.9"}), *records[1:]]
+    text = write_report(tmp_path, title="t", records=mixed, grids=[], curves=None).read_text()
+    assert "Not all values were made with the same versions: torch 9.9 and" in text
+    text = write_report(tmp_path, title="t", records=records, grids=[], curves=None).read_text()
+    assert "the same versions" not in text
 
 
 def test_teachers_are_marked_and_best_students_tinted(page):

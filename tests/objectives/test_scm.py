@@ -108,7 +108,9 @@ def test_without_a_teacher_the_direction_is_the_samples_own(gaussian: GaussianTe
     assert_close(got, g / (g.norm(dim=1, keepdim=True) + 0.1), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize(("schedule", "kind"), [(RectifiedFlow(), "velocity"), (DiscreteVP.linear(), "eps")], ids=str)
+@pytest.mark.parametrize(
+    ("schedule", "kind"), [(RectifiedFlow(), "velocity"), (DiscreteVP.linear(), "eps")], ids=("flow", "vp")
+)
 def test_the_loss_is_the_same_on_every_path(gaussian: GaussianTeacher, schedule: Schedule, kind: Kind) -> None:
     objective = SCM(times=MIDDLE, own=1e-9)
     losses = []
