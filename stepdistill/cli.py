@@ -382,7 +382,8 @@ class PlanOf:
     memory of a device, from a rehearsal of its steps that allocates nothing.
 
     Teachers that need no weights and no download: --teacher config:sd1.5, config:sdxl, config:sd3-medium,
-    config:sd3.5-medium, config:sd3.5-large, config:flux-dev. They are planned as on a card.
+    config:sd3.5-medium, config:sd3.5-large, config:flux-dev. They are planned as on a card, and take a minute or
+    two a stage, with --card some more.
     """
 
     recipe: tyro.conf.Positional[str]
