@@ -16,56 +16,18 @@ from pathlib import Path
 import torch
 import tyro
 from common import put_into_readme
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
+from stepdistill import known_teachers
 from stepdistill.evaluation.records import installed_versions
 from stepdistill.models.families import flux, sd, sd3, sdxl
 from stepdistill.models.lora import Adapted
 
-
-def sd15() -> UNet2DConditionModel:
-    """Stable Diffusion 1.5's UNet."""
-    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-
-
-def sdxl_base() -> UNet2DConditionModel:
-    """SDXL's UNet."""
-    return UNet2DConditionModel(
-        sample_size=128,
-        block_out_channels=(320, 640, 1280),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=(5, 10, 20),
-        cross_attention_dim=2048,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    )
-
-
-def sd3_medium() -> SD3Transformer2DModel:
-    """Stable Diffusion 3 medium's transformer."""
-    return SD3Transformer2DModel(
-        num_layers=24,
-        num_attention_heads=24,
-        caption_projection_dim=1536,
-        pos_embed_max_size=192,
-    )
-
-
-def flux_dev() -> FluxTransformer2DModel:
-    """FLUX.1 dev's transformer."""
-    return FluxTransformer2DModel(guidance_embeds=True)
-
-
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
-    "SD 1.5": (sd15, sd.SD.lora_targets),
-    "SDXL": (sdxl_base, sdxl.SDXL.lora_targets),
-    "SD3 medium": (sd3_medium, sd3.SD3.lora_targets),
-    "FLUX.1 dev": (flux_dev, flux.FLUX.lora_targets),
+    "SD 1.5": (known_teachers.sd15, sd.SD.lora_targets),
+    "SDXL": (known_teachers.sdxl, sdxl.SDXL.lora_targets),
+    "SD3 medium": (known_teachers.sd3_medium, sd3.SD3.lora_targets),
+    "FLUX.1 dev": (known_teachers.flux_dev, flux.FLUX.lora_targets),
 }
 
 

@@ -13,6 +13,7 @@ from stepdistill import distributed
 from stepdistill.checkpoint import Checkpoints
 from stepdistill.data import Report, Setting
 from stepdistill.data.base import companions
+from stepdistill.known_teachers import PREFIX
 from stepdistill.lora_files import fuse_lora_file
 from stepdistill.models.denoiser import Denoiser, Guided, with_null
 from stepdistill.models.discriminator import Discriminator, Vision
@@ -34,6 +35,8 @@ from stepdistill.trainer import Source, Trainer
 def open_teacher(teacher: Teacher, dtype: torch.dtype = torch.float32) -> Opened:
     """Open the pipeline that a recipe names; ``bundled:NAME`` stands for ``assets/NAME``."""
     source, code = teacher.source, teacher.custom_pipeline
+    if source.startswith(PREFIX):
+        raise ValueError(f"teacher.source {source!r} has no weights: it is there to be planned with")
     if source.startswith("bundled:"):
         folder = project_dir("assets") / source.removeprefix("bundled:")
         if (folder / "teacher").is_dir():  # class-conditional, so it needs its pipeline's code

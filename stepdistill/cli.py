@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json as json_
+import math
 import sys
 import textwrap
 import time
@@ -33,9 +34,10 @@ from stepdistill.evaluation.tables import brief_table
 from stepdistill.export import load_lines, load_student, stand_in
 from stepdistill.generate import folder_of, sample
 from stepdistill.inference import Parts
+from stepdistill.known_teachers import known_name
 from stepdistill.models.families import family_for
 from stepdistill.objective import Objective, registered
-from stepdistill.plan import plan
+from stepdistill.plan import open_for_plan, plan, propose, table
 from stepdistill.quickstart import quickstart
 from stepdistill.recipe import Recipe, suggest
 from stepdistill.recipes import bundled, find
@@ -48,7 +50,7 @@ USAGE = """stepdistill: turn a pretrained diffusers pipeline into a one- to four
   stepdistill sample RUN [...]        draw samples from a run or an exported pipeline
   stepdistill bench SUITE [...]       measure a teacher and its students; or name runs: bench RUN RUN ...
   stepdistill methods                 the objectives there are
-  stepdistill plan RECIPE             what it will cost
+  stepdistill plan RECIPE [...]       what it will cost, and what fits a --card; --teacher config:sdxl needs no weights
   stepdistill doctor RUN              what is wrong with a run; exits with 1 if anything is
 
 Every command answers --help; --debug shows a traceback with an error."""
@@ -376,27 +378,63 @@ def _served(recipe: Callable[..., Recipe], steps: int) -> bool:
 
 @dataclass(frozen=True)
 class PlanOf:
-    """What a recipe will cost, measured in a few updates on noise: evaluations, parameters, memory."""
+    """What a recipe will cost: network evaluations and parameters, counted in a few updates on noise, and the peak
+    memory of a device, from a rehearsal of its steps that allocates nothing.
+
+    Teachers that need no weights and no download: --teacher config:sd1.5, config:sdxl, config:sd3-medium,
+    config:sd3.5-medium, config:sd3.5-large, config:flux-dev. They are planned as on a card.
+    """
 
     recipe: tyro.conf.Positional[str]
     """A name under train/, a file, or a run's recipe.json."""
+    teacher: str | None = None
+    """Plan for another teacher: one of the above, a folder or a hub id."""
+    size: tuple[int, ...] = ()
+    """Pixels of its samples, if not its own."""
+    batch: int | None = None
+    """Samples of a micro-batch, if not the recipe's."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Arithmetic inside networks, if not the recipe's."""
+    devices: int = 1
+    """How many share each batch and, with placement.shard, the networks."""
+    card: float | None = None
+    """GiB of a card: propose the least change under which the last stage fits on it."""
     json: bool = False
     """Print JSON."""
 
 
 def _cost(args: list[str]) -> None:
     given = _parse(PlanOf, args, "plan")
-    stages = plan(find(given.recipe))
+    if given.card is not None and not 0 < given.card < math.inf:
+        raise ValueError(f"--card must be GiB above 0; got {given.card:g}")
+    if given.devices < 1:
+        raise ValueError(f"--devices must be at least 1; got {given.devices}")
+    recipe = _planned(find(given.recipe), given)
+    opened = open_for_plan(recipe.teacher)
+    stages = plan(recipe, opened, memory=True, devices=given.devices)
+    fits = propose(recipe, opened, given.card, stages[-1].memory, given.devices) if given.card else None
     if given.json:
-        print(json_.dumps([dataclasses.asdict(s) | {"evaluations": s.evaluations} for s in stages], indent=2))
+        rows = [dataclasses.asdict(s) | {"evaluations": s.evaluations} for s in stages]
+        proposal = fits and {"changes": fits.changes, "options": fits.options, "peak": fits.peak}
+        print(json_.dumps({"stages": rows, "proposal": proposal} if given.card else rows, indent=2))
         return
-    for s in stages:
+    print(table(stages))
+    if given.card:
         print(
-            f"{s.method}, {s.steps} step{'s' * (s.steps > 1)}: {s.updates} updates of {s.batch} samples, "
-            f"{s.per_update:.2f} network evaluations each; {s.data:,} for the data; {s.parameters / 1e6:.2f} M "
-            f"parameters in all roles; {s.bytes_per_sample * s.batch / 2**20:.0f} MB held for backward passes"
+            f"on {given.card:g} GiB: {fits or 'nothing here fits; try several cards, --devices 8 and placement.shard'}"
         )
-    print(f"{sum(s.evaluations for s in stages):,} network evaluations of one sample (a backward pass counts two)")
+        if fits and fits.options:
+            print(f"  as options of distill: {' '.join(fits.options)}")
+
+
+def _planned(recipe: Recipe, given: PlanOf) -> Recipe:
+    """The recipe, and its warm starts, with what the command line says."""
+    source = given.teacher or recipe.teacher.source
+    teacher = dataclasses.replace(recipe.teacher, source=source, size=given.size or recipe.teacher.size)
+    asked = {"batch": given.batch, "dtype": given.dtype, "device": "cuda" if given.card or known_name(source) else None}
+    run = dataclasses.replace(recipe.run, **{k: v for k, v in asked.items() if v is not None})
+    start = recipe.warm_start and _planned(recipe.warm_start, given)
+    return dataclasses.replace(recipe, teacher=teacher, run=run, warm_start=start)
 
 
 @dataclass(frozen=True)

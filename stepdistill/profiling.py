@@ -72,10 +72,15 @@ class Evaluation:
             p.grad = None
 
 
-def evaluations(trainer: Trainer, index: int) -> list[Evaluation]:
+def evaluations(trainer: Trainer, index: int, *, keep: bool = True) -> list[Evaluation]:
     """The network evaluations of ``trainer.step(index)``, in order; the step is taken.
 
     A discriminator counts as one network, with what it runs of its backbone.
+
+    Args:
+        trainer: it is trained on.
+        index: of the step.
+        keep: hold the arguments, to ``run`` them again; otherwise empty tensors stand for them.
     """
     found: list[Evaluation] = []
     inside = [0]
@@ -90,10 +95,10 @@ def evaluations(trainer: Trainer, index: int) -> list[Evaluation]:
             moving = any(p.requires_grad for p in _own(net))
             backward = torch.is_grad_enabled() and (moving or any(a.requires_grad for a in tensors))
             tangent = any(_carries_tangent(a) for a in args if isinstance(a, Tensor))
-            held = tuple(_kept(a) if isinstance(a, Tensor) else a for a in args)
+            held = tuple((_kept if keep else _emptied)(a) if isinstance(a, Tensor) else a for a in args)
             inner = net.backbone if isinstance(net, Discriminator) else net
             weights = any(p.requires_grad for p in _own(inner))
-            found.append(Evaluation(net, role, held, kwargs, moving, backward, weights, tangent))
+            found.append(Evaluation(net, role, held, kwargs if keep else {}, moving, backward, weights, tangent))
 
         return hook
 
@@ -135,6 +140,11 @@ def _kept(x: Tensor) -> Tensor:
     return x.detach().requires_grad_(x.requires_grad)
 
 
+def _emptied(x: Tensor) -> Tensor:
+    """As many samples of nothing."""
+    return torch.empty(*x.shape[:1], 0).requires_grad_(x.requires_grad)
+
+
 def cost(trainer: Trainer, indices: Sequence[int]) -> float:
     """Network evaluations of one sample that an update takes on average, for each sample of its batch.
 
@@ -145,7 +155,7 @@ def cost(trainer: Trainer, indices: Sequence[int]) -> float:
     Returns:
         ``sum(Evaluation.cost) / (len(indices) * samples of a batch)``; a plain regression of one network has 3.
     """
-    total = sum(call.cost for index in indices for call in evaluations(trainer, index))
+    total = sum(call.cost for index in indices for call in evaluations(trainer, index, keep=False))
     return total / (len(indices) * trainer.run.batch * trainer.run.accumulate)
 
 
@@ -247,7 +257,7 @@ class _Saved:
 
     def __init__(self, books: SavedBytes, tensor: Tensor):
         self.books, self.tensor = books, tensor.detach()
-        self.storage, self.size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+        self.storage, self.size = tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes()
         books.take(self.storage, self.size)
 
     def __del__(self) -> None:

@@ -163,8 +163,11 @@ def test_plan_counts_what_a_recipe_will_take(run: Run) -> None:
     made = recipe.data.count * recipe.data.solver.steps
     (stage,) = json.loads(run("plan", "digits_kd", "--json").out)
     assert stage["evaluations"] == recipe.run.steps * recipe.run.batch * 3 + made
-    said = run("plan", "digits_kd").out
-    assert f"{stage['evaluations']:,} network evaluations" in said and "3.00 network evaluations each" in said
+    said = run("plan", "digits_kd", "--card", "24").out
+    assert f"{stage['evaluations']:,} network evaluations" in said
+    peak = next(line.split()[1] for line in said.splitlines() if line.startswith("peak"))
+    assert float(peak) == pytest.approx(stage["memory"]["peak"] / 2**30, rel=0.01)
+    assert "on 24 GiB: as it is: " in said
 
 
 def test_distill_lists_every_bundled_recipe_with_its_first_line(run: Run) -> None:

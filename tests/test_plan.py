@@ -7,9 +7,13 @@ from dataclasses import replace
 import pytest
 
 from stepdistill.build import open_teacher
+from stepdistill.data import ShapesPrompts
+from stepdistill.known_teachers import KNOWN, Known, open_untrained
+from stepdistill.memory import Memory, rehearse
 from stepdistill.models.families import Opened, open_pipeline
+from stepdistill.models.nets import Nets
 from stepdistill.parts.gan import Gan
-from stepdistill.plan import parameters, plan
+from stepdistill.plan import StagePlan, parameters, plan, propose, table
 from stepdistill.recipe import Teacher, Weights
 from stepdistill.recipes import find
 from tests.tiny import sd
@@ -64,7 +68,8 @@ def test_a_shared_backbone_is_counted_once() -> None:
     bare = sum(p.numel() for name, p in opened.denoiser.named_parameters() if ".lora_" not in name)
     one_role = sum(p.numel() for n, p in opened.denoiser.named_parameters() if ".lora_" in n and "role0" in n)
     assert one_role > 0 and stage.parameters == bare + 3 * one_role
-    assert parameters([opened.denoiser, opened.denoiser]) == parameters([opened.denoiser])
+    twice = Nets({"student": opened.denoiser, "teacher": opened.denoiser})
+    assert parameters(twice) == parameters(Nets({"teacher": opened.denoiser}))
 
 
 def test_heads_on_a_shared_backbone_cost_its_forward_pass_alone() -> None:
@@ -76,3 +81,36 @@ def test_heads_on_a_shared_backbone_cost_its_forward_pass_alone() -> None:
     recipe = replace(recipe, warm_start=None, student=lora, critic=lora, objective=objective)
     (stage,) = plan(replace(recipe, run=replace(recipe.run, steps=2)), opened)
     assert recipe.heads.backbone == "teacher" and stage.per_update == (3 + 2 + 1 + 2) + (3 + 2)
+
+
+def test_a_known_teacher_is_planned_without_weights() -> None:
+    """A narrow network of SD 1.5's class on the meta device: the counts of a real one."""
+    known = Known(sd.unet, KNOWN["sd1.5"].scheduler, (4, 8, 8), {"prompt": (12, 16)})
+    recipe = find("shapes_sd_kd")
+    recipe = replace(recipe, data=replace(recipe.data, count=2, prompts=ShapesPrompts(count=2)))
+    (imagined,) = plan(recipe, open_untrained(known), memory=True)
+    (real,) = plan(recipe, open_untrained(known, device="cpu"))
+    assert replace(imagined, memory=None) == real and imagined.per_update == 3 and imagined.bytes_per_sample > 0
+    assert imagined.memory == rehearse(recipe, open_untrained(known))  # counting evaluations holds nothing
+
+
+def test_a_table_has_a_line_for_every_part_and_they_add_up() -> None:
+    gib = 2**30
+    memory = Memory({"teacher": gib, "student": gib, "ema": gib}, 2 * gib, gib, 0, 6 * gib, away=("teacher",))
+    stage = StagePlan("KD", 1, 100, 8, 3.0, 50, 1_500_000, 7, memory)
+    lines = [line.split() for line in table([stage, replace(stage, memory=replace(memory, away=()))]).splitlines()]
+    assert lines[1] == ["1", "KD", "1", "100", "8", "3.00", "50", "1.50", "M"]
+    assert lines[3][0] == "4,900"  # 2 (100 updates, 8 samples, 3 evaluations, and 50)
+    of = {" ".join(line[:-2]): line[-2:] for line in lines[5:]}
+    assert of["teacher"] == ["-", "1"] and of["optimizers"] == ["2", "2"] and of["data"] == ["-", "-"]
+    assert of["gradients, activations"] == ["2", "1"] and of["peak"] == ["6", "6"]
+
+
+def test_a_proposal_for_a_card_is_what_a_rehearsal_of_it_takes(digits: Opened) -> None:
+    recipe = find("digits_kd")
+    (stage,) = plan(recipe, digits, memory=True)
+    card = stage.memory.peak * 0.9 / 2**30
+    found = propose(recipe, digits, card, stage.memory)
+    assert found.changes == ("batch 32 x accumulate 2",)
+    assert found.peak == rehearse(found.recipe, digits).peak <= stage.memory.peak * 0.9
+    assert propose(recipe, digits, 1.0, stage.memory).recipe == recipe

@@ -113,3 +113,26 @@ def test_the_latency_table_holds_the_records() -> None:
         assert cells[4:6] == [f"{row[k]['p50']:.1f} ({row[k]['p95']:.1f})" for k in ("diffusers", "ours")]
         ratios = [row["speedup"], row["speedup_new_prompts"], row["over_bare"], row["diffusers_over_bare"]]
         assert [float(cell) for cell in cells[6:]] == [round(r, d) for r, d in zip(ratios, (2, 2, 3, 2), strict=True)]
+
+
+def test_plans_are_within_a_tenth_of_what_was_measured() -> None:
+    stored = json.loads((ROOT / "eval" / "memory.json").read_text())
+    pairs = [*stored["bundled"], *stored["cut_down"]]
+    pairs += [row[how] for row in stored["shared"] for how in ("three_networks", "shared")]
+    off = max(abs(row["planned"] / row["measured"] - 1) for row in pairs)
+    assert len(pairs) >= 19 and off < 0.1
+    assert f"within {100 * off:.1f} % of what torch's CPU allocator" in (ROOT / "README.md").read_text()
+
+
+def test_the_memory_table_holds_the_records() -> None:
+    stored = json.loads((ROOT / "eval" / "memory.json").read_text())
+    measured = [row[how]["measured"] / 2**20 for row in stored["shared"] for how in ("three_networks", "shared")]
+    planned = [row["peak"] / 2**30 for row in stored["real"]]
+    table = rows("memory")
+    assert [cells[2] for cells in table] == [f"{n:.0f} MiB" for n in measured] + [f"{n:.1f} GiB" for n in planned]
+    assert all(sum(row["parts"].values()) == row["peak"] for row in stored["real"])
+    three, shared = (
+        next(row["peak"] for row in stored["real"] if (row["teacher"], row["variant"]) == ("sdxl", how))
+        for how in ("three full networks", "shared backbone")
+    )
+    assert ["sdxl, planned", "shared backbone", f"{shared / 2**30:.1f} GiB", f"{shared / three:.2f}"] in table

@@ -54,7 +54,16 @@ def freeze(net: nn.Module, layers: Sequence[str]) -> None:
         for name, p in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if id(p) in fixed:
                 delattr(module, name)
+                module.__dict__.setdefault(_FROZEN, set()).add(name)
                 module.register_buffer(name, buffers.setdefault(id(p), p.detach()))
+
+
+_FROZEN = "_stepdistill_frozen"
+
+
+def is_weight(module: nn.Module, name: str) -> bool:
+    """Whether a module's own tensor of that name is a weight, free or frozen, rather than a statistic or a table."""
+    return name in module._parameters or name in module.__dict__.get(_FROZEN, ())
 
 
 _LISTED: WeakKeyDictionary[nn.Module, tuple[list[nn.Parameter], list[torch.Tensor]]] = WeakKeyDictionary()
