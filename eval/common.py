@@ -26,7 +26,7 @@ from stepdistill.student import Student
 
 RUNS = Path(__file__).resolve().parents[1] / "runs" / "eval"
 
-BUDGET = 150_000
+BUDGET = 300_000
 """Network evaluations of one sample that each method may spend, a backward pass counting as two."""
 
 ALL_STEPS = (8, 4, 2, 1)
