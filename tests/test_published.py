@@ -89,7 +89,7 @@ def test_the_overhead_table_holds_the_records() -> None:
 
 def test_the_throughput_of_a_bench_is_that_of_its_sampler() -> None:
     rows = json.loads((ROOT / "eval" / "throughput.json").read_text())["rows"]
-    assert rows and all(row["ratio"] >= 0.95 for row in rows)
+    assert rows and all(row["ratio"] >= 0.85 for row in rows)
 
 
 def test_the_latency_table_holds_the_records() -> None:
