@@ -211,7 +211,7 @@ class Trainer:
                 if self._watched():
                     break
                 if due(self.index, run.health_every):
-                    trackers.log(self._examined(), self.index)
+                    self._examine(trackers)
                 logs = self.step(self.index)
                 self.index += 1
                 self.metrics.add(logs)
@@ -227,7 +227,7 @@ class Trainer:
                 stopped = distributed.any_of(bool(stop))
             self.save()
         if run.health_every and not stopped:
-            trackers.log(self._examined(), self.index)
+            self._examine(trackers)
         trackers.close()
         if stopped:
             raise KeyboardInterrupt
@@ -245,14 +245,14 @@ class Trainer:
         if self.checkpoints is not None:
             self.checkpoints.finish()
 
-    def _examined(self) -> dict[str, float]:
+    def _examine(self, trackers: Trackers) -> None:
         """Figures of health; nobody moves."""
         if self.health is None:
-            return {}
+            return
         with self.placed.awake("ema"):
             figures = self.health(self.nets, self.index)
         self.placed.after_turn()
-        return {f"health/{name}": value for name, value in figures.items()}
+        trackers.log({f"health/{name}": value for name, value in figures.items()}, self.index)
 
     def _watched(self) -> bool:
         if self.watch is None:

@@ -155,7 +155,8 @@ def test_pictures_are_compared_at_equal_steps_and_noise(chain: Path, opened: Ope
 def test_stages_keep_their_own_pipeline_recipe_and_metrics(chain: Path) -> None:
     stage = chain / "stages" / "1-kd"
     assert [path.name for path in (chain / "stages").iterdir()] == ["1-kd"]
-    assert {"checkpoints", "metrics.jsonl", "pipeline", "recipe.json", "samples"} == {p.name for p in stage.iterdir()}
+    kept = {"checkpoints", "health.jsonl", "metrics.jsonl", "pipeline", "recipe.json", "samples"}
+    assert kept == {p.name for p in stage.iterdir()}
     assert Recipe.load(stage / "recipe.json") == TINY
     assert Recipe.load(chain / "recipe.json") == CHAIN
     assert load_student(stage / "pipeline").sampler == TINY.sampler

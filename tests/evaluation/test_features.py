@@ -181,6 +181,7 @@ def test_protocol_names_count_judge_and_reference(evaluator):
         "extractor_sha256": hashlib.sha256(DIGIT_CLASSIFIER.read_bytes()).hexdigest(),
         "reference_sha256": hashlib.sha256(reference.numpy().tobytes()).hexdigest(),
         "resize": "none",
+        "items": None,
     }
     assert DigitsEvaluator(n=40).protocol()["reference_sha256"] == protocol["reference_sha256"]
 
