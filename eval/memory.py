@@ -28,9 +28,9 @@ from stepdistill.known_teachers import KNOWN, PREFIX, Known, open_known, open_un
 from stepdistill.memory import Noise, rehearse, size_of, whole_steps
 from stepdistill.models.families import Opened
 from stepdistill.placement import Placement
+from stepdistill.profiling import measured_peak
 from stepdistill.recipe import Recipe, Teacher, Weights
 from stepdistill.recipes import find
-from stepdistill.rehearsal import measured_peak
 from stepdistill.trainer import Trainer
 
 BUNDLED = (

@@ -1,4 +1,4 @@
-"""What an update costs beside the network evaluations that it cannot do without: time, and bytes held by autograd.
+"""What an update costs beside the network evaluations that it cannot do without: time, and memory.
 
 Works for any objective on any networks: the evaluations of one update are recorded by hooks and replayed bare.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import Discriminator
@@ -278,3 +279,18 @@ def saved_bytes() -> Iterator[SavedBytes]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield books
+
+
+def measured_peak(run: Callable[[Any], Any], prepare: Callable[[], Any] = lambda: None) -> int:
+    """Bytes that torch's CPU allocator has handed out at most during ``run(prepare())``, since before ``prepare()``."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        made = prepare()
+        with record_function("measured run"):
+            run(made)
+    events = prof.profiler.kineto_results.events()
+    begun = next(e.start_ns() for e in events if e.name() == "measured run")
+    now = peak = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now if event.start_ns() >= begun else 0)
+    return peak

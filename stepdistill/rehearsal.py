@@ -201,20 +201,3 @@ class _Away(placement.Resting):
         if self.here:
             self.here = False
             self.books.add(-self.size)
-
-
-def measured_peak(run: Callable[[Any], Any], prepare: Callable[[], Any] = lambda: None) -> int:
-    """Bytes that torch's CPU allocator has handed out at most during ``run(prepare())``, since before ``prepare()``."""
-    from torch.profiler import ProfilerActivity, profile, record_function
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        made = prepare()
-        with record_function("measured run"):
-            run(made)
-    events = prof.profiler.kineto_results.events()
-    begun = next(e.start_ns() for e in events if e.name() == "measured run")
-    now = peak = 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now if event.start_ns() >= begun else 0)
-    return peak

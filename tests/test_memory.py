@@ -22,9 +22,9 @@ from stepdistill.memory import (
 from stepdistill.models.families import Opened, open_pipeline
 from stepdistill.models.nets import is_weight
 from stepdistill.placement import Placement
+from stepdistill.profiling import measured_peak
 from stepdistill.recipe import Recipe, Teacher, Weights
 from stepdistill.recipes import find
-from stepdistill.rehearsal import measured_peak
 from tests.tiny import sd
 
 

@@ -15,9 +15,10 @@ from stepdistill.data import ShapesPrompts
 from stepdistill.known_teachers import KNOWN, Known, open_untrained
 from stepdistill.memory import Memory, Noise, held_by, rehearse, size_of
 from stepdistill.placement import Placement
+from stepdistill.profiling import measured_peak
 from stepdistill.recipe import Recipe, Teacher
 from stepdistill.recipes import find
-from stepdistill.rehearsal import LiveBytes, cuda_autocast, measured_peak, rehearsal
+from stepdistill.rehearsal import LiveBytes, cuda_autocast, rehearsal
 from tests.processes import together
 from tests.tiny import sd
 
