@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from stepdistill.recipe import Recipe
+from stepdistill.recipe import Recipe, Weights
 
 GIB = 2**30
 RESERVE = 0.06
@@ -74,15 +74,17 @@ def fit(recipe: Recipe, card: float, peak_of: Peak, devices: int = 1) -> Fit | N
     return None
 
 
-def _options(old: Recipe, new: Recipe) -> tuple[str, ...]:
+def _options(old: Recipe | None, new: Recipe | None) -> tuple[str, ...]:
     fields = ("run.batch", "run.accumulate", "run.dtype", "placement.checkpointing", "placement.offload",
               "student.form", "student.rank", "critic.form", "critic.rank")  # fmt: skip
-    found = []
-    for field in fields:
-        part, name = field.split(".")
-        value = getattr(getattr(new, part), name)
-        if value != getattr(getattr(old, part), name):
-            found.append(f"--{field} {' '.join(value) if isinstance(value, tuple) else value}")
+    found, prefix = [], "--"
+    while old and new:  # the warm starts, too
+        for field in fields:
+            part, name = field.split(".")
+            value = getattr(getattr(new, part), name)
+            if value != getattr(getattr(old, part), name):
+                found.append(f"{prefix}{field} {' '.join(value) if isinstance(value, tuple) else value}")
+        old, new, prefix = old.warm_start, new.warm_start, f"{prefix}warm-start."
     return tuple(found)
 
 
@@ -124,7 +126,7 @@ def _changes(recipe: Recipe) -> list[_Change]:
         found.append(
             _Change(says, 2, lambda r: replace(r, placement=replace(r.placement, checkpointing=tuple(players))))
         )
-    full = [role for role in players if _weights(recipe, role).form == "full"]
+    full = [role for role in players if _weights(recipe, role) == Weights(targets=_weights(recipe, role).targets)]
     if full:
         found.append(_Change(f"{_and(full)} as LoRA", 5, lambda r: _as_lora(r, full)))
     idle = _idle(recipe)
@@ -138,15 +140,16 @@ def _combinations(changes: Sequence[_Change]) -> Iterator[tuple[_Change, ...]]:
     yield from sorted(sets, key=lambda some: sum(change.cost for change in some))
 
 
-def _weights(recipe: Recipe, role: str):
+def _weights(recipe: Recipe, role: str) -> Weights:
     return recipe.student if role == "student" else recipe.critic
 
 
 def _as_lora(recipe: Recipe, roles: Sequence[str]) -> Recipe:
-    for role in roles:
-        old = _weights(recipe, role)
-        recipe = replace(recipe, warm_start=None, **{role: type(old)("lora", rank=64, targets=old.targets)})
-    return recipe
+    """The recipe with adapters in these roles; a student's warm starts have the same ones."""
+    changed = {role: Weights("lora", rank=64, targets=_weights(recipe, role).targets) for role in roles}
+    if recipe.warm_start and "student" in roles:
+        changed["warm_start"] = _as_lora(recipe.warm_start, ["student"])
+    return replace(recipe, **changed)
 
 
 def _idle(recipe: Recipe) -> list[str]:

@@ -151,7 +151,7 @@ def rehearse(
     cond = recipe.data.examples(opened, run.batch // devices)
     micro = min(run.accumulate, 2)  # from the second on, gradients are there while activations are made
     noise = replace(run, device="cpu", accumulate=micro, trackers=())
-    stage = replace(recipe, data=Noise(recipe.data, cond), run=noise, warm_start=None)
+    stage = replace(recipe, data=Noise(recipe.data, cond), run=noise)
     with rehearsal(as_on_cuda=as_on_cuda, devices=devices) as books:
         trainer = build(stage, opened=replace(opened, denoiser=copy.deepcopy(opened.denoiser))).trainer
         held = held_by(trainer.nets)

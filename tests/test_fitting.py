@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import tyro
 
+from stepdistill.cli import Distill
 from stepdistill.fitting import GIB, RESERVE, fit
 from stepdistill.recipe import Recipe, Weights
 from stepdistill.recipes import find
@@ -52,3 +55,17 @@ def test_the_least_change_that_fits_is_taken(recipe: Recipe) -> None:
 
 def test_nothing_is_proposed_where_nothing_fits(recipe: Recipe) -> None:
     assert fit(recipe, room(10), peak_of) is None
+
+
+def test_adapters_go_through_all_stages_and_their_options_say_so() -> None:
+    chain = find("digits_pd@2")  # whose last stage must start from the one before
+    found = fit(chain, room(30), peak_of)
+    assert found.changes == ("student as LoRA", "batch 8 x accumulate 8")
+    assert [stage.student for stage in found.recipe.stages()] == 3 * [Weights("lora", rank=64)]
+    given = [word for option in found.options for word in option.split(" ")]
+    config = (tyro.conf.AvoidSubcommands,)
+    assert tyro.cli(Distill, args=given, default=Distill(chain, Path()), config=config).recipe == found.recipe
+
+
+def test_a_student_with_fewer_layers_is_not_proposed_as_lora(recipe: Recipe) -> None:
+    assert fit(replace(recipe, student=Weights(layers=1)), room(20), peak_of) is None

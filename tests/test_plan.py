@@ -57,6 +57,11 @@ def test_every_stage_of_a_chain_is_planned_for_its_own_student(digits: Opened) -
     assert [s.steps for s in stages] == [4, 2, 1] and all(s.per_update == 5 for s in stages)
 
 
+def test_a_stage_that_must_follow_another_is_rehearsed(digits: Opened) -> None:
+    first, second = plan(find("digits_pd@4"), digits, memory=True)
+    assert second.memory.weights == first.memory.weights | {"previous": first.memory.weights["student"]}
+
+
 def test_a_shared_backbone_is_counted_once() -> None:
     """Whatever plays on it: the held parameters are the network and three sets of adapters (one is the average)."""
     opened = open_pipeline(sd.pipeline())
