@@ -12,17 +12,19 @@ and those that are finished are not run again.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import statistics
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
 from common import ALL_STEPS, RUNS, SPREAD, Measured, cell, put_into_readme, recipe_of, run_all, teacher_records
 
 import stepdistill.objectives  # noqa: F401 (fills the registry)
-from stepdistill.build import open_teacher
 from stepdistill.evaluation.plots import quality_plot
 from stepdistill.evaluation.records import Record, check_same_protocol, load_records, save_records
 from stepdistill.objective import registered
@@ -100,10 +102,12 @@ def main(given: Arguments) -> None:
     records = [r for r in records if ", after " not in r.subject or r.method == registered_as(r).__name__]
     given.out.mkdir(parents=True, exist_ok=True)
     save_records(given.out / "results.json", records)
-    costs = costs_of([name for name in names if any(r.subject.startswith(f"{name} #") for r in records)])
+    trained = [name for name in names if any(r.subject.startswith(f"{name} #") for r in records)]
+    with ProcessPoolExecutor(given.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        costs = dict(zip(trained, pool.map(cost_of, trained), strict=True))
     (given.out / "costs.json").write_text(json.dumps(costs, indent=1) + "\n")
     values = gathered(records)
-    short, full = overview(values, costs), everything(values)
+    short, full = overview(values, costs), everything(values, costs)
     (given.out / "table.md").write_text(f"{short}\n{full}")
     if given.out == HERE:
         put_into_readme("methods", short)
@@ -118,17 +122,20 @@ def registered_as(record: Record) -> type:
     )
 
 
-def costs_of(names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Of each recipe: evaluations in all, those that its data take, and the plans of its stages."""
-    opened, found = open_teacher(TEACHER), {}
-    for name in names:
-        stages = plan(recipe_of(name), opened)
-        found[name] = {
-            "evaluations": sum(s.evaluations for s in stages),
-            "data_evaluations": sum(s.data for s in stages),
-            "stages": [asdict(s) for s in stages],
-        }
-    return found
+def cost_of(name: str) -> dict[str, Any]:
+    """Of a recipe: evaluations in all, those that its data take, and the plans of its stages."""
+    torch.set_num_threads(1)
+    stages = plan(recipe_of(name), memory=True)
+    return {
+        "evaluations": sum(s.evaluations for s in stages),
+        "data_evaluations": sum(s.data for s in stages),
+        "stages": [asdict(s) for s in stages],
+    }
+
+
+def stages_of(method: str, costs: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Plans of all stages that a method's runs have."""
+    return [s for name, c in costs.items() if name.startswith(f"digits_{method}@") for s in c["stages"]]
 
 
 def gathered(records: Sequence[Record]) -> dict[tuple[str, int], dict[str, list[float]]]:
@@ -141,7 +148,7 @@ def gathered(records: Sequence[Record]) -> dict[tuple[str, int], dict[str, list[
     return values
 
 
-def overview(values: Mapping[tuple[str, int], Mapping[str, list[float]]], costs: Mapping[str, dict]) -> str:
+def overview(values: Mapping[tuple[str, int], Mapping[str, list[float]]], costs: Mapping[str, dict[str, Any]]) -> str:
     """One line per method: what it costs, and FD (pixel FD, recall) at each number of steps."""
     ks = (1, 2, 4, 8)
     head = ["method", "family", "data", "evaluations per sample", *(f"{k} step{'s' * (k > 1)}" for k in ks)]
@@ -152,9 +159,9 @@ def overview(values: Mapping[tuple[str, int], Mapping[str, list[float]]], costs:
     for method in METHODS:
         cells = [_cell(values.get((method, k))) for k in ks]
         if any(cells):
-            cls, own = registered()[method], [c for name, c in costs.items() if name.startswith(f"digits_{method}@")]
+            cls = registered()[method]
             data = ", ".join(sorted(cls().data)) or "none"
-            per_update = sorted({round(s["per_update"], 1) for c in own for s in c["stages"]})
+            per_update = sorted({round(s["per_update"], 1) for s in stages_of(method, costs)})
             spread = f"{per_update[0]:g}" if len(per_update) == 1 else f"{per_update[0]:g} - {per_update[-1]:g}"
             lines.append(f"| {method} | {cls.family} | {data} | {spread} | " + " | ".join(cells) + " |")
     runs = [c["evaluations"] for c in costs.values()]
@@ -172,15 +179,20 @@ def _cell(values: Mapping[str, list[float]] | None) -> str:
     return " / ".join(cell(values[metric]) for metric in ("fd", "pix", "recall"))
 
 
-def everything(values: Mapping[tuple[str, int], Mapping[str, list[float]]]) -> str:
-    """All metrics, one line per method and number of steps."""
-    head = ["method", "steps", "seeds", *METRICS, "seconds"]
+def everything(values: Mapping[tuple[str, int], Mapping[str, list[float]]], costs: Mapping[str, dict[str, Any]]) -> str:
+    """All metrics and costs, one line per method and number of steps."""
+    head = ["method", "steps", "seeds", *METRICS, "seconds", "evaluations per update", "peak MB"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for (method, steps), metrics in values.items():
-        cells = [method, str(steps), str(len(metrics["fd"]))]
-        cells += [cell(metrics[metric]) for metric in METRICS]
-        seconds = metrics.get("training_seconds", [])
-        lines.append("| " + " | ".join([*cells, f"{statistics.median(seconds):.0f}" if seconds else ""]) + " |")
+        cells = [method, str(steps), str(len(metrics["fd"])), *(cell(metrics[metric]) for metric in METRICS)]
+        stages = stages_of(method, costs)
+        if stages:  # of a student for every number of steps there is one alone
+            stage = next((s for s in stages if s["steps"] == steps), stages[0])
+            whole = values[method, max(ALL_STEPS)] if method in LEARN_EVERY_TIME else metrics
+            seconds = whole.get("training_seconds", [])  # a chain's stand at its last stage
+            cells.append(f"{statistics.median(seconds):.0f}" if seconds else "")
+            cells += [f"{stage['per_update'] * stage['batch']:.0f}", f"{stage['memory']['peak'] / 1e6:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |" * (1 + len(head) - len(cells)))
     return "\n".join(lines) + "\n"
 
 

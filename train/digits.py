@@ -302,7 +302,8 @@ def digits_icd(steps: int = 4) -> Recipe:
     """Invertible consistency: jumps down, and a second network's jumps back up to the noise of real digits."""
     if steps not in (1, 2, 4, 8):
         raise ValueError(f"steps must be 1, 2, 4 or 8; got {steps}")
-    objective = ICD(boundaries=Boundaries(trailing(steps), 16), start=0.01, distance=L2())
+    boundaries = Boundaries(trailing(steps), 8 if steps == 1 else 16)
+    objective = ICD(boundaries=boundaries, start=0.01, preserve=0.3, distance=L2())
     return _on_digits(objective, {"student": STUDENT, "inverter": STUDENT}, 400, _grid(steps))
 
 
