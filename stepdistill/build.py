@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,17 +15,19 @@ from stepdistill import distributed
 from stepdistill.checkpoint import Checkpoints
 from stepdistill.data import Report, Setting
 from stepdistill.data.base import companions
+from stepdistill.functional.distances import LPIPS
 from stepdistill.known_teachers import PREFIX
 from stepdistill.lora_files import fuse_lora_file
 from stepdistill.models.denoiser import Denoiser, Guided, with_null
-from stepdistill.models.discriminator import Discriminator, Vision
+from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.families import Opened, load_pipeline, open_pipeline
 from stepdistill.models.lora import Adapted, merged_state
 from stepdistill.models.nets import Nets, add_averages, freeze
 from stepdistill.models.surgery import bare_copy, told_guidance, unadapted, with_layers
 from stepdistill.models.taps import Tap
 from stepdistill.models.two_time import TwoTime, fold
-from stepdistill.objective import Batch, Step
+from stepdistill.models.vision import Perceptual, Vision
+from stepdistill.objective import Batch, Step, with_networks
 from stepdistill.paths import project_dir
 from stepdistill.placement import place, recompute, visiting
 from stepdistill.recipe import Heads, Recipe, Teacher, Weights
@@ -154,6 +158,37 @@ def start_from(student: Student, start: Student, opened: Opened) -> None:
         ) from error
 
 
+def to_images(opened: Opened) -> tuple[Callable[[Tensor], Tensor], nn.Module | None]:
+    """From the teacher's samples to images, with gradients, and the network that it takes, if any."""
+    return partial(opened.family.decode, opened.pipeline), companions(opened).get("vae")
+
+
+def new_lpips(opened: Opened, asked: LPIPS) -> Perceptual:
+    """A frozen network that compares the teacher's samples as images.
+
+    Raises:
+        ValueError: if its weights are not here and cannot be fetched.
+    """
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    net = fetched("LPIPS", lambda: LearnedPerceptualImagePatchSimilarity(asked.net)).net
+    decode, decoder = to_images(opened)
+    return Perceptual(net, decode, decoder=decoder, size=asked.size)
+
+
+def fetched(field: str, network: Callable[[], nn.Module]) -> nn.Module:
+    """A network with torchvision's weights.
+
+    Raises:
+        ValueError: if they are not here and cannot be fetched.
+    """
+    try:
+        return network()
+    except (OSError, RuntimeError) as error:  # no network; a file that is cut short
+        place = f"{torch.hub.get_dir()}/checkpoints"
+        raise ValueError(f"{field}: torchvision's weights could not be fetched to {place}: {error}") from error
+
+
 def new_vision(opened: Opened, name: str) -> tuple[Vision, tuple[Tap, ...]]:
     """A frozen network of images before the teacher's decoder, and what to read of it.
 
@@ -164,15 +199,11 @@ def new_vision(opened: Opened, name: str) -> tuple[Vision, tuple[Tap, ...]]:
     Raises:
         ValueError: if there is no such benchmark.
     """
-
-    def decode(samples: Tensor) -> Tensor:
-        return opened.family.decode(opened.pipeline, samples)
-
-    decoder = companions(opened).get("vae")
+    decode, decoder = to_images(opened)
     if name == "vgg16_bn":
         from torchvision.models import VGG16_BN_Weights, vgg16_bn
 
-        net = vgg16_bn(weights=VGG16_BN_Weights.IMAGENET1K_V1).features
+        net = fetched("heads.backbone", lambda: vgg16_bn(weights=VGG16_BN_Weights.IMAGENET1K_V1)).features
         taps = Tap("12", 128), Tap("22", 256), Tap("32", 512), Tap("42", 512)  # where blocks 2 to 5 end, before pooling
         norm = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
         return Vision(net, decode, decoder=decoder, size=224, **norm), taps
@@ -270,6 +301,10 @@ def build(
     for name, module in recipe.objective.extras(nets.student).items():
         nets[name] = module
     add_averages(nets, ("ema", *recipe.objective.averages()))
+    lpips = nn.ModuleList()
+    objective = with_networks(recipe.objective, lambda asked: lpips.append(new_lpips(opened, asked))[-1])
+    if len(lpips):
+        nets["lpips"] = lpips
     recompute(nets, recipe.placement.checkpointing)
 
     report = Report()
@@ -280,7 +315,7 @@ def build(
         data = with_guidance(recipe.data.open(setting), recipe, opened)
     placed = place(nets, recipe.placement, run.device)
     optimizers = {name: spec.build(nets[name].parameters()) for name, spec in optim.items()}
-    trainer = Trainer(nets, recipe.objective, optimizers, data, run, specs=optim, placed=placed, out=out)
+    trainer = Trainer(nets, objective, optimizers, data, run, specs=optim, placed=placed, out=out)
     return Built(opened, trainer, report)
 
 

@@ -10,12 +10,13 @@ import hashlib
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar, TypeVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from stepdistill.functional.distances import LPIPS, Distance
 from stepdistill.models.denoiser import Cond, Denoiser
 from stepdistill.models.nets import Nets
 from stepdistill.randomness import Part, Stream
@@ -179,6 +180,8 @@ class Objective(ABC):
     """Whether the student is told, beside the time, the time it heads for; see ``models.two_time``."""
     guides: ClassVar[bool] = True
     """Whether the student learns the teacher's guidance: whether a loss, or the data, asks the guided teacher."""
+    between_images: ClassVar[frozenset[str]] = frozenset()
+    """Fields that hold a distance between clean samples, which may be LPIPS."""
     family: ClassVar[str]
     paper: ClassVar[str]
 
@@ -223,6 +226,30 @@ class Objective(ABC):
     def extras(self, student: Denoiser) -> dict[str, nn.Module]:
         """Modules with state of the method's own, such as learned weightings; kept in ``Nets``."""
         return {}
+
+
+def with_networks(objective: Objective, network: Callable[[LPIPS], Distance]) -> Objective:
+    """An objective that, like those it contains, has networks in the place of ``LPIPS`` values.
+
+    Args:
+        objective: left as it is.
+        network: makes one.
+
+    Raises:
+        ValueError: if an LPIPS stands where no images are compared.
+    """
+    found: dict[str, Any] = {}
+    for name, value in ((f.name, getattr(objective, f.name)) for f in fields(objective)):
+        if isinstance(value, Objective):
+            found[name] = with_networks(value, network)
+        elif isinstance(value, LPIPS):
+            if name not in objective.between_images:
+                raise ValueError(
+                    f"{name}: LPIPS compares images, and {type(objective).__name__}'s {name} stands between others; "
+                    "use Huber() or L2()"
+                )
+            found[name] = network(value)
+    return replace(objective, **found) if found else objective
 
 
 _REGISTRY: dict[str, type[Objective]] = {}

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import stepdistill.objectives  # noqa: F401 (a recipe.json may name any of them)
 from stepdistill.data import Data
-from stepdistill.objective import Objective
+from stepdistill.objective import Objective, with_networks
 from stepdistill.placement import Placement
 from stepdistill.sampling import Sampler
 from stepdistill.trainer import AdamW, Run
@@ -212,6 +212,7 @@ class Recipe:
                 f"optim must have one entry for each network that {type(self.objective).__name__} moves: "
                 f"{sorted(movers)}; got {sorted(self.optim)}"
             )
+        with_networks(self.objective, lambda lpips: lpips)  # refuses those that stand in the wrong place
         self.objective.check(self.sampler)
         self.objective.check_start(self.sampler, self.warm_start.sampler if self.warm_start else None)
         if "disc" in self.players and self.heads.backbone == "critic" and "critic" not in self.objective.needs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -87,3 +88,33 @@ class Barron(Distance):
         """(B, ...), (B, ...) -> (B,)."""
         m = L2()(a, b)
         return m / (m.detach() + self.c**2).sqrt()
+
+
+@dataclass(frozen=True)
+class LPIPS(Distance):
+    """Learned perceptual image patch similarity (arXiv:1801.03924) of the images that samples decode to: differences
+    between a frozen classifier's features, weighted as people judge. For methods that compare clean samples.
+
+    This is a value without a network: building a recipe puts ``models.vision.Perceptual`` in its place, with
+    torchvision's classifier, whose weights are downloaded once, under torchmetrics' weighting.
+    """
+
+    net: Literal["vgg", "alex", "squeeze"] = "vgg"
+    """The classifier. The networks are ordered by size and quality; few-step papers use vgg."""
+    size: int = 224
+    """Side that images are resized to, as in the papers; 0 leaves them as they are, at least 32 pixels wide."""
+
+    def __post_init__(self) -> None:
+        """Check what can be told without the network."""
+        if self.net not in ("vgg", "alex", "squeeze"):
+            raise ValueError(f"LPIPS.net must be vgg, alex or squeeze; got {self.net!r}")
+        if self.size != 0 and self.size < 32:
+            raise ValueError(f"LPIPS.size must be at least 32, or 0 for images as they are; got {self.size}")
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """Refused: there is no network here.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError("LPIPS() has no network until its recipe is built; by hand, use models.vision.Perceptual")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepdistill.models.denoiser import Cond, Denoiser
 from stepdistill.models.lora import network_of
 from stepdistill.models.taps import Tap, tapped
-from stepdistill.schedule import Kind
+from stepdistill.models.vision import Vision
 
 
 class Head(nn.Module):
@@ -37,57 +36,6 @@ class Head(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(B, C, H, W) -> logits (B, H * W)."""
         return self.layers(features).flatten(1)
-
-
-class Vision(nn.Module):
-    """A frozen network of images in a denoiser's place: what a projected GAN reads (arXiv:2111.01007).
-
-    It sees the images that samples decode to, with gradients through the decoder, and is told neither the time nor
-    conditions. It was trained on clean images, so let the adversarial term's times be at or near 0; and nothing but
-    its start keeps a student of this discriminator alone to its conditions.
-
-    Args:
-        net: takes images (B, C, H, W); frozen here and put in eval mode.
-        decode: samples (B, ...) to images (B, C, H, W), or videos (B, C, T, H, W), nominally in [-1, 1].
-        decoder: the network behind ``decode``, if any; frozen here.
-        size: side that images are resized to; 0 leaves them as they are.
-        mean: of each channel in [0, 1] that ``net`` was trained with; grey images are repeated to as many channels.
-        std: likewise; None for both hands over images in [-1, 1].
-    """
-
-    kind: Kind = "x0"
-    """Of nothing: there is a kind because a denoiser has one."""
-
-    def __init__(
-        self,
-        net: nn.Module,
-        decode: Callable[[Tensor], Tensor] = lambda samples: samples,
-        *,
-        decoder: nn.Module | None = None,
-        size: int = 0,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-    ):
-        super().__init__()
-        self.net, self.decode, self.decoder, self.size = net, decode, decoder, size
-        middle = torch.tensor(mean or (0.5,)).view(-1, 1, 1)  # ((x + 1) / 2 - mean) / std = (x - shift) / scale
-        width = torch.tensor(std or (0.5,)).view(-1, 1, 1)
-        self.register_buffer("shift", 2 * middle - 1)
-        self.register_buffer("scale", 2 * width)
-        self.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> Vision:
-        """Stays in eval mode whatever the networks around it do."""
-        return super().train(False)
-
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, *, want: Kind = "x0") -> Tensor:
-        """What the network says of the images behind ``x_t`` (B, ...); the rest is there because denoisers take it."""
-        images = self.decode(x_t)
-        if images.ndim == 5:
-            images = images.transpose(1, 2).flatten(0, 1)  # frames into the batch
-        if self.size:
-            images = F.interpolate(images, size=(self.size, self.size), mode="bilinear", antialias=True)
-        return self.net((images - self.shift) / self.scale)
 
 
 class Discriminator(nn.Module):

@@ -14,15 +14,15 @@ from stepdistill.distributed import local
 
 
 class Nets(nn.ModuleDict):
-    """Networks by role: ``student``, ``teacher``, ``critic``, ``disc``, ``ema``, and a method's extras.
+    """Networks by role: ``student``, ``teacher``, ``critic``, ``disc``, ``ema``, ``lpips``, and a method's extras.
 
-    All state of a run lives here, so a checkpoint of it is ``nets.state_dict()`` (the frozen teacher excepted: it is
-    opened from its source again). Read as attributes: ``nets.student``.
+    All state of a run lives here, so a checkpoint of it is ``nets.state_dict()`` (but for the teacher and LPIPS, which
+    are frozen and opened from their sources again). Read as attributes: ``nets.student``.
     """
 
     def trainable_state(self) -> dict[str, torch.Tensor]:
-        """The state of everyone but the teacher."""
-        roles = ((role, net.state_dict()) for role, net in self.items() if role != "teacher")
+        """The state of everyone but those who never change."""
+        roles = ((role, net.state_dict()) for role, net in self.items() if role not in ("teacher", "lpips"))
         return {f"{role}.{key}": value for role, state in roles for key, value in state.items()}
 
 

@@ -14,10 +14,11 @@ from torch.testing import assert_close
 from stepdistill.build import guided, new_discriminator, new_vision, open_teacher
 from stepdistill.evaluation.classifier import DigitClassifier, load_digit_classifier
 from stepdistill.evaluation.digits import DIGIT_CLASSIFIER
-from stepdistill.models.discriminator import Discriminator, Vision
+from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.families import Opened, open_pipeline
 from stepdistill.models.nets import Nets, only_trains
 from stepdistill.models.taps import Tap
+from stepdistill.models.vision import Vision
 from stepdistill.recipe import Heads, Teacher
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from stepdistill.models.discriminator import Discriminator, Vision
+from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.nets import Nets
 from stepdistill.models.taps import Tap
+from stepdistill.models.vision import Vision
 from stepdistill.objective import Batch, Step
 from stepdistill.objectives import GDD, LADD
 from stepdistill.parts.gan import Gan

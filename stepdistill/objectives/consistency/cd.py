@@ -28,6 +28,7 @@ class CD(Objective):
 
     needs = frozenset({"student", "teacher"})
     data = frozenset({"x0"})
+    between_images = frozenset({"distance"})
 
     intervals: Doubling = field(default_factory=lambda: Doubling(4, 8, 1000))
     """Solver steps over the whole range; few make the target travel far, many make it exact."""

@@ -28,6 +28,7 @@ class CT(Objective):
     needs = frozenset({"student"})
     guides = False
     data = frozenset({"x0"})
+    between_images = frozenset({"distance"})
 
     intervals: Doubling = field(default_factory=lambda: Doubling(2, 150, 800_000))
     """How many there are at which step."""
@@ -36,7 +37,7 @@ class CT(Objective):
     target_decay: float = 0.95
     """Of the target's running average (mu_0 in the paper)."""
     distance: Distance = field(default_factory=L2)
-    """Between the two clean estimates. LPIPS in the paper."""
+    """Between the two clean estimates. ``LPIPS()`` in the paper."""
 
     def __post_init__(self) -> None:
         """Check the range."""

@@ -29,6 +29,7 @@ class ECT(Objective):
     needs = frozenset({"student"})
     guides = False
     data = frozenset({"x0"})
+    between_images = frozenset({"distance"})
 
     times: Times = field(default_factory=lambda: LogNormal(-1.1, 2.0))
     """Law of t."""

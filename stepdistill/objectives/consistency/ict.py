@@ -31,6 +31,7 @@ class ICT(Objective):
     needs = frozenset({"student"})
     guides = False
     data = frozenset({"x0"})
+    between_images = frozenset({"distance"})
 
     intervals: Doubling = field(default_factory=Doubling)
     """How many there are at which step."""

@@ -34,6 +34,7 @@ class LCM(Objective):
 
     needs = frozenset({"student", "teacher"})
     data = frozenset({"x0"})
+    between_images = frozenset({"distance"})
 
     intervals: int = 48
     """Solver steps over the whole range. The paper has 50, 20 of 1000 time steps each; 48 hold the even grids of 1, 2,

@@ -36,7 +36,7 @@ class DMD(Objective):
     critic_times: Times = field(default_factory=Uniform)
     """Where the critic is fitted."""
     regression: KD = field(default_factory=KD)
-    """Of the student onto the pairs; the paper's ``regression.distance`` is LPIPS."""
+    """Of the student onto the pairs; the paper's ``regression.distance`` is ``LPIPS()``."""
     regression_weight: float = 0.25
     """Of the regression next to the matching term; *Unverified* in the paper's text-to-image runs."""
     normalise: bool = True

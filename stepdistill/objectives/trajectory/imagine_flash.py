@@ -35,6 +35,7 @@ class ImagineFlash(Objective):
     """
 
     needs = frozenset({"student", "teacher"})
+    between_images = frozenset({"distance"})
     optional = frozenset({"disc"})
 
     gamma: tuple[float, float] = (0.1, 0.8)

@@ -25,6 +25,7 @@ class KD(Objective):
 
     needs = frozenset({"student"})
     data = frozenset({"path"})
+    between_images = frozenset({"distance"})
 
     distance: Distance = field(default_factory=L2)
     """Between the student's clean estimate and the one whose jump lands on the teacher's next state."""

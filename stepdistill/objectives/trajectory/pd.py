@@ -34,6 +34,7 @@ class PD(Objective):
 
     needs = frozenset({"student", "teacher"})
     data = frozenset({"x0"})
+    between_images = frozenset({"distance"})
 
     follow: Literal["teacher", "previous"] = "teacher"
     """Whose jumps: the teacher's, or those of the student as this run finds it, the warm start's."""

@@ -22,8 +22,8 @@ class Reflow(Objective):
 
     The couples keep straight lines from crossing, so the learned flow is nearly straight and few steps follow it. KD
     regresses on the same pairs at the student's few times; this student has learned every time and serves any grid.
-    One round is enough (sec. 3). ``times=Uniform(), distance=L2()`` is the original; the improved premetric's other
-    half, LPIPS in pixel space, is not here: it needs a pretrained network that nothing here brings along.
+    One round is enough (sec. 3). ``times=Uniform(), distance=L2()`` is the original; ``perceptual=LPIPS()`` makes the
+    paper's whole premetric, LPIPS-Huber, where there is a pretrained network to look at images with.
 
     The line is rectified flow's and the student keeps its own schedule: at equal signal-to-noise ratio the two are one
     state up to scale, with one clean estimate, so the student is called on its own path and a DDIM jump of it is
@@ -34,11 +34,15 @@ class Reflow(Objective):
 
     needs = frozenset({"student"})
     data = frozenset({"path"})
+    between_images = frozenset({"perceptual"})
 
     times: Times = field(default_factory=UShaped)
     """Where on the line, as rectified flow's time: 1 is the noise."""
     distance: Distance = field(default_factory=lambda: Huber(0.03))
     """Between the two velocities. The paper's c = 0.00054 d is this scale at its 32 x 32 pixels, in units of ours."""
+    perceptual: Distance | None = None
+    """Between the student's clean estimate and the image, besides: ``(1 - t) Huber / sqrt(d) + LPIPS / t`` for samples
+    of d elements, the paper's best setting (config F) in the units of our Huber. None leaves the distance alone."""
     shortest: float = 1e-5
     """Times are kept this far from the ends, where a clean estimate says nothing of the velocity."""
 
@@ -73,4 +77,8 @@ class Reflow(Objective):
         x0 = nets.student(x_t, t, batch.cond)
         # points of the line are image + tau (noise - image), so the velocity of an estimate x0 is (point - x0) / tau
         velocity = noise - image + (image - x0) / tau.to(x0).view(column)
-        return Loss(self.distance(velocity, noise - image).mean())
+        loss = self.distance(velocity, noise - image)
+        if self.perceptual is not None:
+            tau = tau.to(loss)
+            loss = (1 - tau) * loss / image[0].numel() ** 0.5 + self.perceptual(x0, image) / tau
+        return Loss(loss.mean())
