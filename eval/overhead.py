@@ -3,6 +3,7 @@
 Digits recipes are measured on networks of several widths, those of other teachers on the teacher's own.
 
     python eval/overhead.py digits_dmd2/no-gan digits_cd --widths 16,32 32,64 64,128 --out eval/overhead.json
+    python eval/overhead.py methods --widths 32,64 --repeats 11 --out eval/methods/overhead.json
 
 From Python, ``stepdistill.profiling.measure(trainer)`` does the same for any objective and any ``nn.Module`` denoiser.
 """
@@ -18,6 +19,7 @@ import torch
 import tyro
 from common import put_into_readme, recipe_of
 from diffusers import UNet2DModel
+from methods import METHODS
 
 from stepdistill.build import build, open_teacher
 from stepdistill.data import Data, TeacherPairs
@@ -26,6 +28,7 @@ from stepdistill.models.families import open_pipeline
 from stepdistill.profiling import measure
 
 DIGITS = "bundled:digits"
+PUBLISHED = Path(__file__).resolve().with_name("overhead.json")
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Arguments:
         "shapes_sd_shared/no-gan",
         "shapes_sd3_dmd2/no-gan",
     )
-    """Names under train/; ``name/no-gan`` leaves the adversarial term out."""
+    """Names under train/; ``name/no-gan`` leaves the adversarial term out; ``methods`` is each method's on digits."""
     widths: tuple[str, ...] = ("16,32", "32,64")
     """Channels of the digits network's two levels: 16,32 is 0.17 M parameters, 32,64 0.65 M."""
     batch: int = 64
@@ -56,14 +59,15 @@ class Arguments:
     threads: int = 1
     """Of torch."""
     out: Path | None = None
-    """JSON file to write; the table in the project's README is written with it."""
+    """JSON file to write; with ``eval/overhead.json`` the table in the project's README is written too."""
 
 
 def main(given: Arguments) -> list[dict[str, object]]:
     """Print and return one row per recipe, width and kind of update."""
     torch.set_num_threads(given.threads)
     rows: list[dict[str, object]] = []
-    for name in given.recipes:
+    every = [f"digits_{method}" for method in METHODS]
+    for name in every if given.recipes == ("methods",) else given.recipes:
         teacher = recipe_of(name).teacher
         widths = [tuple(map(int, w.split(","))) for w in given.widths] if teacher.source == DIGITS else [None]
         for width in widths:
@@ -71,6 +75,7 @@ def main(given: Arguments) -> list[dict[str, object]]:
     if given.out:
         record = {"device": device_name("cpu"), "versions": installed_versions(), "rows": rows}
         given.out.write_text(json.dumps(record, indent=1) + "\n")
+    if given.out and given.out.resolve() == PUBLISHED:
         put_into_readme("overhead", table(rows, str(record["device"])))
     return rows
 
@@ -94,9 +99,7 @@ def table(rows: list[dict[str, object]], device: str) -> str:
 def measure_recipe(name: str, width: tuple[int, ...] | None, given: Arguments) -> list[dict[str, object]]:
     """All kinds of update of one recipe on a digits-like network of a width, random weights, or on its teacher's."""
     recipe = recipe_of(name)
-    recipe = replace(
-        recipe, warm_start=None, run=replace(recipe.run, batch=given.batch), data=_small(recipe.data, given.batch)
-    )
+    recipe = replace(recipe, run=replace(recipe.run, batch=given.batch), data=_small(recipe.data, given.batch))
     opened = open_teacher(recipe.teacher)
     if width is not None:
         pipeline = copy.copy(opened.pipeline)
