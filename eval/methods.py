@@ -170,7 +170,25 @@ def overview(values: Mapping[tuple[str, int], Mapping[str, list[float]]], costs:
         f"teacher's weights and spends {min(runs) / 1e3:.0f} to {max(runs) / 1e3:.0f} thousand network evaluations "
         "of one sample, making its data included; a backward pass counts as two."
     )
-    return "\n".join([*lines, "", note]) + "\n"
+    return "\n".join([*lines, "", note, "", against_teacher(values)]) + "\n"
+
+
+def against_teacher(values: Mapping[tuple[str, int], Mapping[str, list[float]]]) -> str:
+    """By how much the methods beat the teacher's sampler at equal steps."""
+    lines = ["The teacher's FD over a method's at equal steps:"]
+    for k in (1, 2, 4, 8):
+        ratios = {
+            method: values["teacher", k]["fd"][0] / statistics.mean(values[method, k]["fd"])
+            for method in METHODS
+            if (method, k) in values
+        }
+        least = sorted(ratios, key=lambda method: ratios[method])[:2]
+        worst = ", ".join(f"{method} {ratios[method]:.2g}" for method in least)
+        lines.append(
+            f"- {k} step{'s' * (k > 1)}: median {statistics.median(ratios.values()):.2g}; 2 or more in "
+            f"{sum(r >= 2 for r in ratios.values())} of {len(ratios)} methods; least {worst}."
+        )
+    return "\n".join([lines[0], "", *lines[1:]])
 
 
 def _cell(values: Mapping[str, list[float]] | None) -> str:

@@ -68,7 +68,7 @@ def test_the_loss_and_its_gradient_equal_a_loop_over_samples(c: float) -> None:
 
     step = Step.at(5)
     eps, noise = step.randn((n, 2)).double(), step.randn((n, 2)).double()
-    t = delta + (1 - delta) * torch.sigmoid(1 + step.randn((n,)).double())
+    t = torch.sigmoid(1 + step.randn((n,)).double())
     match, distil, surrogate = 0.0, 0.0, 0.0
     for i in range(n):
         label, null = batch.cond["labels"][i : i + 1], torch.tensor([2])
@@ -86,7 +86,8 @@ def test_the_loss_and_its_gradient_equal_a_loop_over_samples(c: float) -> None:
         def implied(x: Tensor, time: Tensor, scale: float) -> Tensor:
             """phi + t dphi/dt - v."""
             u = v(x, time, scale)
-            slope = (phi(x, time) - phi(x - delta * u, time - delta)) / delta
+            back = delta * time
+            slope = (phi(x, time) - phi(x - back * u, time - back)) / back
             if c:
                 slope = slope / (slope.norm() + c)
             return phi(x, time) + time * slope - u

@@ -31,9 +31,10 @@ class MDT(Objective):
     data = frozenset({"x0"})
 
     times: Times = field(default_factory=lambda: LogNormal(1.0, 1.0))
-    """Where both terms look, squeezed above ``delta``. The default is logit-normal on the straight path."""
+    """Where both terms look. The default is logit-normal on the straight path."""
     delta: float = 0.01
-    """How far back the derivative looks; its bias is of this order."""
+    """How far back the derivative looks, as a share of t; its bias is of this order. The paper looks as far at every t,
+    and so only at those above: a student of several steps is asked at the others, too."""
     normalise: float = 0.1
     """c in ``dphi/dt / (|dphi/dt| + c)``, the norm over a whole sample, in both terms. A stabiliser that moves the
     fixed point towards the teacher's velocity, the further the larger samples are; 0 leaves the derivative as it is."""
@@ -64,7 +65,7 @@ class MDT(Objective):
         schedule, phi = nets.student.schedule, straight(nets.student)
         eps, noise = step.randn(batch.shape), step.randn(batch.shape)
         top = start_time(schedule)
-        t = self.delta + (1 - self.delta / top) * on_straight(schedule, self.times(schedule, len(batch), step))
+        t = on_straight(schedule, self.times(schedule, len(batch), step))
 
         x_t = STRAIGHT.add_noise(batch.x0, eps, t)
         now = phi(x_t, t, batch.cond, want="velocity")
@@ -92,14 +93,15 @@ class MDT(Objective):
             nets: the networks.
             now: phi at ``x_t``, (B, ...).
             x_t: states on the straight path, (B, ...).
-            t: their times, (B,), above ``delta``.
+            t: their times, (B,), above 0.
             cond: conditions of the student.
             guided: conditions of the teacher.
         """
-        v = straight(nets.teacher)(x_t, t, guided, want="velocity")
-        before = straight(nets.student)(x_t - self.delta * v, t - self.delta, cond, want="velocity")
-        slope = (now - before) / self.delta
-        if self.normalise:
-            size = slope.flatten(1).norm(dim=1).view(-1, *[1] * (x_t.ndim - 1))
-            slope = slope / (size + self.normalise)
-        return v - t.to(x_t).view(-1, *[1] * (x_t.ndim - 1)) * slope
+        v, column = straight(nets.teacher)(x_t, t, guided, want="velocity"), (-1, *[1] * (x_t.ndim - 1))
+        back = (self.delta * t).to(x_t).view(column)
+        before = straight(nets.student)(x_t - back * v, t - self.delta * t, cond, want="velocity")
+        if not self.normalise:
+            return v - (now - before) / self.delta
+        slope = (now - before) / back
+        size = slope.flatten(1).norm(dim=1).view(column)
+        return v - t.to(x_t).view(column) * slope / (size + self.normalise)
