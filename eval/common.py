@@ -92,8 +92,14 @@ def apart(recipe: Recipe) -> Recipe:
 
 
 def put_into_readme(name: str, text: str) -> None:
-    """Replace what stands between ``<!-- name:begin -->`` and ``<!-- name:end -->`` in README.md."""
+    """Replace what stands between ``<!-- name:begin -->`` and ``<!-- name:end -->`` in README.md.
+
+    Raises:
+        ValueError: if they do not stand there.
+    """
     readme = Path(__file__).resolve().parents[1] / "README.md"
+    if not readme.read_text().count(f"<!-- {name}:begin -->") == readme.read_text().count(f"<!-- {name}:end -->") == 1:
+        raise ValueError(f"README.md has no place for the table: <!-- {name}:begin --> and <!-- {name}:end -->")
     head, _, rest = readme.read_text().partition(f"<!-- {name}:begin -->")
     _, _, tail = rest.partition(f"<!-- {name}:end -->")
     readme.write_text(f"{head}<!-- {name}:begin -->\n{text}<!-- {name}:end -->{tail}")

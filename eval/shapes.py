@@ -109,7 +109,10 @@ def text_of(records: list[Record], teacher: Teacher, n: int) -> str:
 
 def manifests() -> str:
     """The teachers' figures as their manifests have them, as Markdown."""
-    lines = ["| teacher | 50 steps | 4 steps | 1 step | 50 steps, Frechet distance | real images |", "|" + " --- |" * 6]
+    lines = [
+        "| teacher | 50 steps | 4 steps | 1 step | Frechet distance, 50 steps | of real images |",
+        "|" + " --- |" * 6,
+    ]
     for name in ("shapes-sd", "shapes-sd3"):
         figures = json.loads((project_dir("assets") / name / "MANIFEST.json").read_text())["figures"]
         exact = [f"{100 * figures[f'steps_{k}']['exact']:.1f} %" for k in (50, 4, 1)]

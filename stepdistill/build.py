@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -183,8 +186,9 @@ def fetched(field: str, network: Callable[[], nn.Module]) -> nn.Module:
         ValueError: if they are not here and cannot be fetched.
     """
     try:
-        return network()
-    except (OSError, RuntimeError) as error:  # no network; a file that is cut short
+        with patch.dict(os.environ, {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}):  # torchvision would run any pickle
+            return network()
+    except (OSError, RuntimeError, UnpicklingError) as error:  # no connection; a file that is cut short, or is code
         place = f"{torch.hub.get_dir()}/checkpoints"
         raise ValueError(f"{field}: torchvision's weights could not be fetched to {place}: {error}") from error
 

@@ -39,7 +39,7 @@ from stepdistill.models.families import family_for
 from stepdistill.objective import Objective, registered
 from stepdistill.plan import open_for_plan, plan, propose, table
 from stepdistill.quickstart import quickstart
-from stepdistill.recipe import Recipe, suggest
+from stepdistill.recipe import Evaluation, Recipe, suggest
 from stepdistill.recipes import bundled, find
 from stepdistill.student import Student
 
@@ -150,6 +150,8 @@ def _distill(args: list[str]) -> None:
         sys.exit(0 if args else 2)
     name = args[0]
     default = Distill(find(name), Path("runs") / _run_name(name))
+    if default.recipe.evaluation is None and any(arg.startswith("--evaluation") for arg in args):
+        default = dataclasses.replace(default, recipe=dataclasses.replace(default.recipe, evaluation=Evaluation()))
     config = (tyro.conf.AvoidSubcommands,)
     given = _parse(Distill, args[1:], f"distill {name}", default=default, config=config)
     recipe = given.recipe
@@ -357,7 +359,7 @@ def _facts(name: str, cls: type[Objective], costs: bool) -> dict[str, Any]:
         "name": name,
         "family": cls.family,
         "paper": f"arXiv:{cls.paper}",
-        "needs": sorted(objective.needs),
+        "needs": _networks(objective),
         "data": sorted(objective.data) or ["conditions only"],
         "steps": [k for k in (1, 2, 4, 8) if recipe and _served(recipe, k)],
         "what": (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " "),
@@ -366,6 +368,13 @@ def _facts(name: str, cls: type[Objective], costs: bool) -> dict[str, Any]:
         last = plan(recipe())[-1]
         facts |= {"evaluations_per_sample": last.per_update, "bytes_per_sample": last.bytes_per_sample}
     return facts
+
+
+def _networks(objective: Objective) -> list[str]:
+    """What there must be, and what moves: some only until a term is switched off."""
+    movers = {name for turn in objective.turns() for name in turn.moves}
+    roles = sorted(objective.needs | movers)
+    return [f"{role} (optional)" if role in objective.optional - objective.needs else role for role in roles]
 
 
 def _served(recipe: Callable[..., Recipe], steps: int) -> bool:
@@ -475,7 +484,7 @@ def methods_table() -> str:
     for name, cls in _by_family():
         paper = f"[{cls.paper}](https://arxiv.org/abs/{cls.paper})"
         path = f"{cls.family}/{cls.__module__.rpartition('.')[2]}.py"
-        needs, data = ", ".join(sorted(cls().needs)), ", ".join(sorted(cls().data)) or "conditions only"
+        needs, data = ", ".join(_networks(cls())), ", ".join(sorted(cls().data)) or "conditions only"
         lines.append(f"| [`{name}`]({path}) | {cls.family} | {paper} | {needs} | {data} |")
     return "\n".join(lines)
 

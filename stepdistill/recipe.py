@@ -194,7 +194,7 @@ class Recipe:
     negative prompts, as its teacher. Goes with ``teacher.guidance`` 1."""
     heads: Heads = field(default_factory=Heads)
     evaluation: Evaluation | None = None
-    """None measures nothing."""
+    """None measures nothing; on the command line any option of it switches it on."""
     warm_start: Recipe | None = None
     """A recipe to run first; its student is where this one starts. Chains make stages, each kept."""
 

@@ -196,6 +196,13 @@ def test_every_bundled_recipe_prints_itself(name: str, run: Run) -> None:
     assert Recipe.from_json(ran.out) == find(name)
 
 
+def test_an_option_of_evaluation_switches_it_on(run: Run) -> None:
+    options = ("--evaluation.judge", "judge.py:judge", "--evaluation.every", "500", "--print")
+    printed = run("distill", "sd_own_finetune", *options).out
+    assert json.loads(printed)["evaluation"]["judge"] == "judge.py:judge"
+    assert json.loads(run("distill", "sd_own_finetune", "--print").out)["evaluation"] is None
+
+
 def test_distill_runs_and_resumes_a_recipe(run: Run, recipes: Path, tmp_path: Path) -> None:
     ran = run("distill", f"{recipes}:kd", "--out", "a")
     assert ran.code == 0

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import stepdistill.objectives
+from stepdistill.cli import methods_table
 from stepdistill.objective import Objective, register, registered
 from stepdistill.recipe import decode, encode
 from stepdistill.recipes import bundled
@@ -106,6 +107,10 @@ def test_it_is_exported_tested_and_has_a_recipe(name: str, cls: type[Objective])
     assert (ROOT / "tests" / "objectives" / f"test_{name}.py").is_file()
     recipe = bundled()[f"digits_{name}"]()
     assert type(recipe.objective) is cls
+
+
+def test_the_folders_table_lists_what_there_is() -> None:
+    assert methods_table() in (FOLDER / "README.md").read_text()  # stepdistill methods --markdown
 
 
 def test_no_file_of_objectives_registers_nothing() -> None:

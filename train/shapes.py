@@ -14,14 +14,12 @@ from stepdistill.parts.gan import Gan
 from stepdistill.parts.rollout import BackwardSim, OneStep
 from stepdistill.parts.segments import Segments
 from stepdistill.recipe import Evaluation, Recipe, Teacher, Weights
-from stepdistill.sampling import Ddim, DpmPP2M, Renoise, Sampler, Tcd, trailing
+from stepdistill.sampling import Ddim, DpmPP2M, Renoise, Sampler, StepRule, Tcd, trailing
 from stepdistill.trainer import AdamW, Run
 
 TeacherName = Literal["shapes-sd", "shapes-sd3"]
 
 GUIDANCE = 3.0
-ONE_STEP = Sampler(trailing(1), Ddim())
-FOUR_STEPS = Sampler(trailing(4), Ddim())
 PAIRS = TeacherPairs(count=4000, solver=Sampler(trailing(8), DpmPP2M()), prompts=ShapesPrompts())
 SCENES = ShapesData()
 
@@ -65,6 +63,10 @@ def _on_shapes(
     )
 
 
+def _grid(steps: int, rule: StepRule = Ddim()) -> Sampler:  # noqa: B008 (frozen)
+    return Sampler(trailing(steps), rule)
+
+
 def _kd(teacher: TeacherName, sampler: Sampler, student: Weights = Weights()) -> Recipe:  # noqa: B008 (frozen)
     objective, optim = KD(distance=Huber(0.03)), {"student": REGRESSION}
     return _on_shapes(teacher, objective, PAIRS, optim, 900, sampler, student=student)
@@ -85,41 +87,41 @@ def _dmd2(
     )
 
 
-def shapes_sd_kd() -> Recipe:
-    """SD teacher, noise-image regression: one step."""
-    return _kd("shapes-sd", ONE_STEP)
+def shapes_sd_kd(steps: int = 1) -> Recipe:
+    """SD teacher, regression onto its noise-image pairs, or along its path at several steps."""
+    return _kd("shapes-sd", _grid(steps))
 
 
-def shapes_sd_dmd2() -> Recipe:
-    """SD teacher, regression as warm-up, then DMD2: one step."""
-    return _dmd2("shapes-sd", ONE_STEP)
+def shapes_sd_dmd2(steps: int = 1) -> Recipe:
+    """SD teacher, regression as warm-up, then DMD2; several steps by backward simulation."""
+    return _dmd2("shapes-sd", _grid(steps))
 
 
 def shapes_sd_dmd2_4step() -> Recipe:
-    """SD teacher, regression along the path, then DMD2 by backward simulation: four steps."""
-    return _dmd2("shapes-sd", FOUR_STEPS)
+    """The same at four steps."""
+    return shapes_sd_dmd2(4)
 
 
 def shapes_sd_lora() -> Recipe:
     """SD teacher, the one-step recipe with a student of LoRA adapters."""
-    return _dmd2("shapes-sd", ONE_STEP, student=ADAPTERS)
+    return _dmd2("shapes-sd", _grid(1), student=ADAPTERS)
 
 
 def shapes_sd_shared() -> Recipe:
     """SD teacher, the one-step recipe with student and critic as adapters of the teacher's own network."""
-    return _dmd2("shapes-sd", ONE_STEP, student=ADAPTERS, critic=ADAPTERS)
+    return _dmd2("shapes-sd", _grid(1), student=ADAPTERS, critic=ADAPTERS)
 
 
-def shapes_sd_cd() -> Recipe:
-    """SD teacher, consistency distillation: four steps with fresh noise between."""
+def shapes_sd_cd(steps: int = 4) -> Recipe:
+    """SD teacher, consistency distillation, with fresh noise between steps."""
     objective = CD(intervals=Doubling(8, 16, 400))
-    return _on_shapes("shapes-sd", objective, SCENES, {"student": STUDENT}, 800, Sampler(trailing(4), Renoise()))
+    return _on_shapes("shapes-sd", objective, SCENES, {"student": STUDENT}, 800, _grid(steps, Renoise()))
 
 
-def shapes_sd_tscd() -> Recipe:
-    """SD teacher, four trajectory segments: four steps."""
-    objective = TSCD(segments=Segments(4, 16), to_edge=0.5)
-    return _on_shapes("shapes-sd", objective, SCENES, {"student": STUDENT}, 800, Sampler(trailing(4), Tcd(0.0)))
+def shapes_sd_tscd(steps: int = 4) -> Recipe:
+    """SD teacher, as many trajectory segments as steps."""
+    objective = TSCD(segments=Segments(steps, 16), to_edge=0.5)
+    return _on_shapes("shapes-sd", objective, SCENES, {"student": STUDENT}, 800, _grid(steps, Tcd(0.0)))
 
 
 def shapes_sd_keeps_guidance() -> Recipe:
@@ -128,16 +130,16 @@ def shapes_sd_keeps_guidance() -> Recipe:
     return replace(recipe, teacher=replace(recipe.teacher, guidance=1.0), null_rate=0.15, evaluation=None)
 
 
-def shapes_sd3_kd() -> Recipe:
-    """SD3 teacher, noise-image regression: one step."""
-    return _kd("shapes-sd3", ONE_STEP)
+def shapes_sd3_kd(steps: int = 1) -> Recipe:
+    """SD3 teacher, regression onto its noise-image pairs, or along its path at several steps."""
+    return _kd("shapes-sd3", _grid(steps))
 
 
-def shapes_sd3_dmd2() -> Recipe:
-    """SD3 teacher, regression as warm-up, then DMD2: one step."""
-    return _dmd2("shapes-sd3", ONE_STEP)
+def shapes_sd3_dmd2(steps: int = 1) -> Recipe:
+    """SD3 teacher, regression as warm-up, then DMD2; several steps by backward simulation."""
+    return _dmd2("shapes-sd3", _grid(steps))
 
 
 def shapes_sd3_dmd2_4step() -> Recipe:
-    """SD3 teacher, regression along the path, then DMD2 by backward simulation: four steps."""
-    return _dmd2("shapes-sd3", FOUR_STEPS)
+    """The same at four steps."""
+    return shapes_sd3_dmd2(4)

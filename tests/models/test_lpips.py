@@ -201,3 +201,16 @@ def test_weights_that_are_not_there_are_one_line(monkeypatch: pytest.MonkeyPatch
     opened = open_teacher(Teacher("bundled:digits"))
     with pytest.raises(ValueError, match=r"LPIPS: torchvision's weights could not be fetched to .*checkpoints: <url"):
         new_lpips(opened, LPIPS())
+
+
+def test_weights_that_are_code_are_not_run(squeezenet: nn.Module, tmp_path: Path) -> None:
+    class Code:
+        def __reduce__(self) -> tuple:
+            return Path.touch, (tmp_path / "ran",)
+
+    (file,) = (tmp_path / "torch" / "hub" / "checkpoints").iterdir()
+    torch.save({"features.0.weight": Code()}, file)
+    opened = open_teacher(Teacher("bundled:digits"))
+    with pytest.raises(ValueError, match=r"torchvision's weights could not be fetched.*Weights only load failed"):
+        new_lpips(opened, SQUEEZE)
+    assert not (tmp_path / "ran").exists()
