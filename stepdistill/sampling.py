@@ -135,7 +135,8 @@ class DpmPP2M(StepRule):
             x0_before, t_before = move.previous
             h_before = schedule.logsnr(move.t) - schedule.logsnr(t_before)
             h = schedule.logsnr(move.s) - schedule.logsnr(move.t)
-            r = (0.5 * h / h_before).to(x_t).view(-1, *[1] * (x_t.ndim - 1))  # 0 after a start at alpha = 0
+            r = 0.5 * h / h_before  # 0 after a start at alpha = 0
+            r = torch.where(h.isinf(), 0.0, r).to(x_t).view(-1, *[1] * (x_t.ndim - 1))  # a jump to the data is plain
             slope = x0 + r * (x0 - x0_before)
         return jump(x_t, slope, schedule.coeffs(move.t, x_t), schedule.coeffs(move.s, x_t)), x0
 
@@ -278,13 +279,14 @@ def refuse_noise(sampler: Sampler) -> None:
         raise ValueError(f"sampler.rule {sampler.rule}: this student is trained to jump from time to time; use Ddim()")
 
 
-def refuse_solver(rule: StepRule) -> None:
-    """One step of an ODE solver, from anywhere: no memory of a step before, no fresh noise.
+def refuse_solver(rule: StepRule, *, memory: bool = False) -> None:
+    """One step of an ODE solver, from anywhere: no memory of a step before (unless it is there), no fresh noise.
 
     Raises:
         ValueError: for rules that need the one or bring the other.
     """
-    if isinstance(rule, DpmPP2M | Renoise | NoiseCorrected) or (isinstance(rule, Tcd) and rule.gamma > 0):
+    recalls = isinstance(rule, DpmPP2M) and not memory
+    if recalls or isinstance(rule, Renoise | NoiseCorrected) or (isinstance(rule, Tcd) and rule.gamma > 0):
         raise ValueError(f"objective.solver {rule} is no single step of the teacher's ODE; use Ddim() or Heun()")
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from stepdistill.models.families.base import Opened
 from stepdistill.models.families.edm import is_edm
 from stepdistill.sampling import Ddim, NoiseCorrected, Renoise, StepRule, Tcd, trailing
-from stepdistill.schedule import EDM, DiscreteVP, RectifiedFlow, Schedule
+from stepdistill.schedule import DiscreteVP, KarrasEDM, RectifiedFlow, Schedule
 from stepdistill.student import Student
 
 PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
@@ -61,12 +61,12 @@ def stock_scheduler(student: Student, opened: Opened, guidance: float | None = N
         scheduler = _vp(student, opened)
     elif isinstance(student.schedule, RectifiedFlow):
         scheduler = _flow(student, opened)
-    elif isinstance(student.schedule, EDM) and is_edm(opened.pipeline.scheduler):
+    elif isinstance(student.schedule, KarrasEDM) and is_edm(opened.pipeline.scheduler):
         scheduler = _edm(student, opened)
     else:
         name = type(student.schedule).__name__
         raise ValueError(
-            f"the student's schedule is {name}; export knows DiscreteVP, RectifiedFlow, and EDM of EDM's own pipelines"
+            f"the student's schedule is {name}; export knows DiscreteVP, RectifiedFlow, and EDM's pipelines' KarrasEDM"
         )
     if not has_own_pipeline(opened):
         # these pipelines have no place for it; "_" keys pass unnoticed
@@ -242,8 +242,8 @@ def stock_times(scheduler: SchedulerMixin, schedule: Schedule, steps: int, passe
     if isinstance(schedule, RectifiedFlow):
         return flow_times(scheduler, steps, passes_sigmas)
     scheduler.set_timesteps(steps)
-    if isinstance(schedule, EDM):
-        return (scheduler.sigmas[:-1] / schedule.t_max).tolist()
+    if isinstance(schedule, KarrasEDM):
+        return schedule.t_from_logsnr(-2 * scheduler.sigmas[:-1].double().log()).tolist()
     return ((scheduler.timesteps + 1) / scheduler.config.num_train_timesteps).tolist()
 
 
@@ -262,7 +262,7 @@ def _edm(student: Student, opened: Opened) -> SchedulerMixin:
     rule: type[StepRule] = Renoise if consistency else Ddim
     if not isinstance(sampler.rule, rule) and (sampler.steps > 1 or not isinstance(sampler.rule, Ddim | Renoise | Tcd)):
         raise ValueError(f"rule {sampler.rule}: no stock EDM scheduler does that here; use {rule.__name__}()")
-    sigmas = [t * student.schedule.t_max for t in sampler.times]
+    sigmas = student.schedule(torch.tensor(sampler.times, dtype=torch.float64)).sigma.tolist()
     return _consistency(sigmas, own) if consistency else _euler(sigmas, opened)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 if not torch.cuda.is_available():  # Triton's interpreter, which must be asked for before anything imports Triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from stepdistill.schedule import EDM, DiscreteVP, RectifiedFlow, Schedule, TrigFlow
+from stepdistill.schedule import EDM, DiscreteVP, KarrasEDM, RectifiedFlow, Schedule, TrigFlow
 
 torch.set_num_threads(1)  # more is slower on networks this small
 
@@ -36,6 +36,7 @@ SCHEDULES: dict[str, Callable[[], Schedule]] = {
     "vp-scaled-linear": DiscreteVP.scaled_linear,
     "flow": RectifiedFlow,
     "edm": EDM,
+    "karras": KarrasEDM,
     "trig": TrigFlow,
     "trig-half": lambda: TrigFlow(sigma_data=0.5),
 }

@@ -14,7 +14,7 @@ from stepdistill import distributed
 from stepdistill.build import build
 from stepdistill.data import DigitsData
 from stepdistill.objective import Objective
-from stepdistill.objectives import DMD2, PCM, DiffusionGAN, FDistill, MeanFlow
+from stepdistill.objectives import DMD2, PCM, DiffusionGAN, FDistill, MeanFlow, TwinFlow
 from stepdistill.parts.gan import Gan
 from stepdistill.placement import Placement
 from stepdistill.recipe import Heads, Recipe, Teacher, Weights
@@ -46,6 +46,9 @@ RECIPES = {
     "shared backbone": recipe(DMD2(student_every=2, gan=Gan(weight=0.0)), student=LORA, critic=LORA),
     "target": recipe(PCM(gan=Gan(weight=0.1), target_decay=0.9), Sampler(trailing(4), Ddim())),
     "two times, by forward derivatives": recipe(MeanFlow(velocity="teacher", unequal=1.0), Sampler(trailing(2))),
+    "other tasks for some": recipe(MeanFlow(velocity="teacher", unequal=0.25), Sampler(trailing(2))),
+    # of a student that starts as its teacher residuals are rounding, which a small c would make a direction of
+    "four tasks": recipe(TwinFlow(velocity="teacher", guidance=0.0, delta=0.1, c=0.3), Sampler(trailing(2))),
     "running means": recipe(FDistill(base=DMD2(student_every=2, gan=Gan(weight=0.1, times=DMD2().times)))),
     "chain": recipe(DiffusionGAN(every=1)),
 }

@@ -26,8 +26,10 @@ from stepdistill.objectives import (
     SNOOPI,
     TSCD,
     VSD,
+    DisBack,
     GuidedDistillation,
     MeanFlow,
+    SiD,
     TwinFlow,
 )
 from stepdistill.parts.discretisation import Doubling
@@ -298,6 +300,21 @@ def test_guidance_that_does_not_go_with_the_objective_is_refused(objective: Any,
 def test_a_told_student_may_be_invertible_at_all_scales() -> None:
     teacher, told = replace(TEACHER, guidance_range=(1.0, 4.0)), Weights(told_guidance=True)
     Recipe(teacher, ICD(), DigitsData(), {"student": AdamW(), "inverter": AdamW()}, student=told)
+
+
+@pytest.mark.parametrize(
+    ("objective", "line"),
+    [
+        (VSD(), "its critic is told, too; set objective.critic_guided False"),
+        (SiD(critic_guidance=2.0, critic_null_rate=0.1), "leave objective.critic_guidance and fit_guidance 1"),
+        (DisBack(), "DisBack guides its records by their null condition"),
+    ],
+)
+def test_a_critic_that_is_told_its_scale_is_guided_by_nothing_else(objective: Any, line: str) -> None:
+    teacher, told = replace(TEACHER, guidance_range=(1.0, 4.0)), Weights(told_guidance=True)
+    optim = {name: AdamW() for turn in objective.turns() for name in turn.moves}
+    with pytest.raises(ValueError, match=line):
+        Recipe(teacher, objective, DigitsData(), optim, student=told)
 
 
 @pytest.mark.parametrize("objective", [LCM(), PCM(), TSCD(), ICD()], ids=lambda objective: type(objective).__name__)

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from torch import Tensor
 from torch.testing import assert_close
 
-from stepdistill.schedule import EDM, KINDS, Coeffs, DiscreteVP, RectifiedFlow, Schedule, TrigFlow, convert
+from stepdistill.schedule import EDM, KINDS, Coeffs, DiscreteVP, KarrasEDM, RectifiedFlow, Schedule, TrigFlow, convert
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 LOOSE = {"rtol": 1e-5, "atol": 1e-7}  # diffusers' tables are float32
@@ -131,6 +131,19 @@ def test_the_paths_are_the_ones_of_the_papers() -> None:
     assert_close(trig.alpha**2 + (trig.sigma / 0.5) ** 2, one, **TIGHT)
     assert_close(trig.sigma / trig.alpha, 0.5 * torch.tan(math.pi / 2 * t.double()), **TIGHT)
     assert (flow.alpha.dtype, EDM().prior_std, TrigFlow(0.5).prior_std) == (torch.float64, 80.0, 0.5)
+
+
+def test_even_times_of_karras_path_are_edms_own_noise_levels() -> None:
+    """Beside diffusers' grid, whose last sigma is ours at 1 / 18."""
+    schedule, grid = KarrasEDM(), torch.arange(18, 0, -1, dtype=torch.float64) / 18
+    sigma = schedule(grid).sigma
+    scheduler = EDMEulerScheduler(sigma_min=float(sigma[-1]))
+    scheduler.set_timesteps(18)
+    assert_close(sigma, scheduler.sigmas[:-1].double(), rtol=1e-5, atol=0)
+    assert_close(schedule(torch.tensor([1.0, 1e-12])).sigma, torch.tensor([80.0, 2e-9]).double(), rtol=0.01, atol=0)
+    few = torch.linspace(1e-7, 1e-5, 50, dtype=torch.float64)  # both pieces, and where they meet
+    assert_close(schedule.t_from_logsnr(schedule.logsnr(few)), few, rtol=1e-9, atol=0)
+    assert bool((schedule(few).sigma.diff() > 0).all())
 
 
 def test_noise_starts_at_zero_and_grows(schedule: Schedule) -> None:

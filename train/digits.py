@@ -259,7 +259,7 @@ def _scored(objective: Objective, steps: int, data: Data | None = None) -> Recip
 
 
 def digits_cd(steps: int = 2) -> Recipe:
-    """Consistency distillation; fresh noise between the steps. No better than the eight steps that it aims at: Heun's."""
+    """Consistency distillation; fresh noise between the steps. As good as the eight steps it aims at: Heun's."""
     objective = CD(intervals=Doubling(4, 8, 600), solver=Heun())
     return _on_digits(objective, {"student": STUDENT}, 1200, _grid(steps, Renoise()))
 

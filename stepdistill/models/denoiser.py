@@ -95,6 +95,11 @@ def unscaled(cond: Cond) -> Cond:
     return {k: v for k, v in cond.items() if k != "guidance"}
 
 
+def of_samples(cond: Cond, chosen: Tensor) -> Cond:
+    """Conditions of some samples of a batch, by their indices."""
+    return {k: v[chosen] for k, v in cond.items()}
+
+
 def with_null(cond: Cond, null: Cond, dropped: Tensor) -> Cond:
     """Conditions with the null condition in place of those samples where ``dropped`` (B,) is true.
 
@@ -236,7 +241,7 @@ class Rescheduled(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond, *, want: Kind = "x0", s: Tensor | None = None) -> Tensor:
         """The prediction under the outer schedule; arguments as ``Denoiser.forward``'s, times of the outer one."""
         inner = self.predictor.schedule
-        t_in = inner.t_from_logsnr(self.schedule.logsnr(t))
+        t_in = inner.t_from_logsnr(self.schedule.logsnr(t)).clamp(max=inner.t_max)  # not beyond it by rounding
         outer_c, inner_c = self.schedule.coeffs(t, x_t), inner.coeffs(t_in, x_t)
         # Both (alpha, sigma) pairs point the same way; the ratio of their lengths is finite at either end.
         scale = torch.hypot(inner_c.alpha, inner_c.sigma) / torch.hypot(outer_c.alpha, outer_c.sigma)

@@ -21,8 +21,9 @@ LINEAR = DiscreteVP.linear()
 class NoiseChain(Times):
     """Where on the chain a sample is looked at: at step 0, or at one of the first ``length`` of its steps.
 
-    The chain is the paper's own, ``y = sqrt(abar) x + sqrt(1 - abar) noise eps``; on a teacher's schedule the time is
-    the one with the same ratio of noise to data, so that all teachers see the same levels.
+    The chain is the paper's, ``y = sqrt(abar) x + sqrt(1 - abar) noise eps``, with the betas of a thousand steps,
+    however many are used; the authors' code spreads them anew over those in use, so that theirs begins noisier. On a
+    teacher's schedule the time is the one with the same ratio of noise to data: all teachers see the same levels.
     """
 
     length: float = 1.0
@@ -30,7 +31,7 @@ class NoiseChain(Times):
     noise: float = 0.05
     """Standard deviation of the chain's noise, in units of the data: .05 for StyleGAN2, .5 for projected GANs."""
     clean: float = 0.25
-    """Share of samples that are not noised."""
+    """Share of samples that are not noised: .25 in the authors' code for projected GANs, .5 in that for StyleGAN2."""
     priority: bool = True
     """Draw steps in proportion to their number, so that a longer chain is felt at once; otherwise all alike."""
 

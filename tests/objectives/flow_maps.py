@@ -21,6 +21,8 @@ class ExactFlowMap(nn.Module):
     At negative second times it is the denoiser of another teacher, its "own" law.
     """
 
+    dtype = torch.float64
+
     def __init__(self, teacher: GaussianTeacher, own: GaussianTeacher | None = None, sampler: Sampler | None = None):
         super().__init__()
         self._teachers, self.sampler = (teacher, own or teacher), sampler or Sampler(trailing(1))

@@ -181,6 +181,21 @@ def test_the_adversarial_gradient_is_the_weighted_numeric_derivative(gaussian: G
     torch.testing.assert_close(with_gan - without, numeric, rtol=1e-5, atol=1e-8)
 
 
+def test_the_discriminators_loss_is_weighed_beside_the_critics(gaussian: GaussianTeacher) -> None:
+    class Disc(nn.Module):
+        def forward(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+            return x_t.sum(1, keepdim=True)
+
+    nets = nets_of(gaussian, torch.tensor([0.3, 0.3]).double(), torch.eye(2).double() * 0.5)
+    nets["disc"] = Disc()
+    batch = Batch({}, (8, 2), x0=torch.randn(8, 2, dtype=torch.float64))
+    plain, faint = (DMD2(disc_weight=w).disc_loss(nets, batch, Doubled.at(1)) for w in (1.0, 0.01))
+    torch.testing.assert_close(faint.total, 0.01 * plain.total)
+    torch.testing.assert_close(faint.terms["disc"], plain.terms["disc"])  # logged as it is
+    with pytest.raises(ValueError, match=r"objective.disc_weight must be above 0; got 0"):
+        DMD2(disc_weight=0.0)
+
+
 def test_a_data_free_run_needs_no_data_and_no_discriminator() -> None:
     free = DMD2(gan=Gan(weight=0.0))
     assert free.data == frozenset() and all("disc" not in turn.moves for turn in free.turns())

@@ -133,6 +133,17 @@ class Doubled(Step):
         return torch.randn(shape, generator=self.rng, dtype=torch.float64)
 
 
+def test_reverse_kl_is_dmd2_under_every_adversarial_loss() -> None:
+    for loss in ("softplus", "hinge", "relativistic"):
+        base = DMD2(rollout=OneStep(), gan=Gan(weight=0.5, loss=loss, times=OnGrid((0.45,))), times=OnGrid((0.45,)))
+        batch = Batch({}, (8, 2), x0=torch.randn(8, 2, dtype=torch.float64))
+        terms = [
+            objective.student_loss(game(spread=3.0), batch, Doubled.at(3)).terms
+            for objective in (base, FDistill(base=base, divergence="rkl"))
+        ]
+        torch.testing.assert_close(terms[0], terms[1])
+
+
 def test_the_students_gradient_is_the_weighted_one_and_nothing_flows_through_the_weight() -> None:
     """Sample by sample: exp of the mean logit, clipped, over the running mean of its range of noise levels (here one
     range and a first visit, so halfway from 1 to the mean), h = r / (1 + r) over its mean."""

@@ -19,7 +19,7 @@ from stepdistill.objective import Batch, Step
 from stepdistill.objectives import PD
 from stepdistill.recipe import Recipe, Teacher, Weights
 from stepdistill.recipes import find
-from stepdistill.sampling import Ddim, Heun, Move, NoiseCorrected, Renoise, Sampler, at, trailing
+from stepdistill.sampling import Ddim, DpmPP2M, Heun, Move, NoiseCorrected, Renoise, Sampler, at, trailing
 from stepdistill.schedule import EDM, DiscreteVP, Kind, RectifiedFlow, Schedule
 from stepdistill.student import Student
 from stepdistill.testing import GaussianTeacher, exact_student
@@ -173,6 +173,16 @@ def test_a_multistep_solver_is_given_its_last_estimate(gaussian: GaussianTeacher
         torch.testing.assert_close(move.t, before.s)
 
 
+def test_a_multistep_solvers_jump_to_the_data_is_plain(schedule: Schedule) -> None:
+    """One step of the student over two of DPM-Solver++(2M), the second onto t = 0: two jumps of DDIM."""
+    teacher = GaussianTeacher(torch.tensor([0.4, -0.3]).double(), 0.3 * torch.eye(2).double(), schedule)
+    x = schedule.prior_std * torch.randn(6, 2, dtype=torch.float64)
+    t = torch.full((6,), schedule.t_max, dtype=torch.float64)
+    s, rng = torch.zeros_like(t), torch.Generator()
+    got = PD(solver=DpmPP2M()).walk(teacher, x, t, s, {}, rng)
+    torch.testing.assert_close(got, PD().walk(teacher, x, t, s, {}, rng))
+
+
 def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match=r"objective\.jumps must be at least 2; got 1"):
         PD(jumps=1)
@@ -181,6 +191,8 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="trained to jump from time to time"):
         PD().check(Sampler(trailing(4), Renoise()))
     PD().check(Sampler(trailing(4), NoiseCorrected()))
+    with pytest.raises(ValueError, match=r"objective\.solver Renoise\(\) is no single step of the teacher's ODE"):
+        PD(solver=Renoise()).check(Sampler(trailing(4), Ddim()))
     for steps in (3, 16, 0):
         with pytest.raises(ValueError, match=f"steps must be 1, 2, 4 or 8; got {steps}"):
             find(f"digits_pd@{steps}")

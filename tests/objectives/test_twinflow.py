@@ -110,6 +110,7 @@ def test_the_loss_and_its_gradient_equal_a_loop_over_samples(velocity: str) -> N
         cells = torch.randperm(n, generator=step.rng)
         return (cells + step.rand(n)) / n
 
+    kind = [3, 0, 1, 2, 3, 0, 1, 2]  # from the step's index on
     times = stratified()
     share = step.rand(n)
     level = stratified()
@@ -125,15 +126,15 @@ def test_the_loss_and_its_gradient_equal_a_loop_over_samples(velocity: str) -> N
             return m * ((m.detach() / c**2 + 1) ** -0.5) / c
 
         t, e, x0 = times[i].item(), eps[i : i + 1], batch.x0[i : i + 1]
-        t, s = [(1.0, 0.0), (t, t * (1 - 0.2 * share[i].item())), (t, t * (1 - share[i].item())), (t, -t)][i // 2]
+        t, s = [(1.0, 0.0), (t, t * (1 - 0.2 * share[i].item())), (t, t * (1 - share[i].item())), (t, -t)][kind[i]]
         with torch.no_grad():
-            if i // 2 == 3:
+            if kind[i] == 3:
                 x0 = noise[i : i + 1] - f(nets.student, noise[i : i + 1], 1.0, 0.0, label)
             x_t = (1 - t) * x0 + t * e
         out = f(nets.student, x_t, t, s, label)
         with torch.no_grad():
             target = e - x0
-            if i // 2 < 3:
+            if kind[i] < 3:
                 if velocity == "teacher":
                     parts = [nets.teacher.denoiser(x_t, one(t), {"labels": k}, want="velocity") for k in (label, null)]
                     target = parts[1] + 2 * (parts[0] - parts[1])
@@ -152,7 +153,7 @@ def test_the_loss_and_its_gradient_equal_a_loop_over_samples(velocity: str) -> N
                 target = out - residual.clamp(-1, 1)
         weight = 1.0 if s < 0 else math.tan((1 - (t - s)) * math.pi / 2.5) + 1
         base = base + weight * size(out, target) / n
-        if i // 2 == 0:
+        if kind[i] == 0:
             u = level[i].item()
             with torch.no_grad():
                 x_s = (1 - u) * (x_t - out) + u * again[i : i + 1]
@@ -168,12 +169,19 @@ def test_the_loss_and_its_gradient_equal_a_loop_over_samples(velocity: str) -> N
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
-def test_batches_too_small_for_four_slices_leave_out_the_last(n: int) -> None:
+def test_batches_of_less_than_four_have_all_kinds_in_turn(n: int) -> None:
     nets, batch = labelled()
     small = Batch({k: v[:n] for k, v in batch.cond.items()}, (n, 2), x0=batch.x0[:n])
-    loss = TwinFlow().student_loss(nets, small, Step.at(0)).total
-    loss.backward()
-    assert loss.isfinite()
+    asked: list[bool] = []
+    nets.student.register_forward_hook(lambda _, args, kwargs, out: asked.append(kwargs["s"] < 0), with_kwargs=True)
+    rectified = 0
+    for index in range(4):
+        loss = TwinFlow().student_loss(nets, small, Step.at(index))
+        loss.total.backward()
+        assert loss.total.isfinite()
+        rectified += "rectify" in loss.terms
+    assert rectified == min(n, 4)
+    assert any(bool(below.any()) for below in asked)  # negative times are trained
 
 
 def test_bad_settings_are_named() -> None:

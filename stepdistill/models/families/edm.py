@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from stepdistill.models.denoiser import Call, Cond
 from stepdistill.models.families.base import add_family
 from stepdistill.models.families.unet2d import UNET2D
-from stepdistill.schedule import EDM, Kind
+from stepdistill.schedule import KarrasEDM, Kind
 
 _SIGNS = {"epsilon": 1.0, "v_prediction": -1.0}
 
@@ -29,9 +29,10 @@ def is_edm(scheduler: SchedulerMixin) -> bool:
     return isinstance(scheduler, EDMEulerScheduler | EDMDPMSolverMultistepScheduler | CMStochasticIterativeScheduler)
 
 
-def edm_schedule(scheduler: SchedulerMixin) -> EDM:
+def edm_schedule(scheduler: SchedulerMixin) -> KarrasEDM:
     """Its path, up to its ``sigma_max``."""
-    schedule = EDM(scheduler.config.sigma_max)
+    config = scheduler.config
+    schedule = KarrasEDM(config.sigma_max, config.sigma_min, config.rho)
     schedule.prior_std = float(scheduler.init_noise_sigma)  # of EDM's two, sqrt(sigma_max^2 + 1)
     return schedule
 
@@ -57,11 +58,12 @@ def preconditioned(scheduler: SchedulerMixin, net_call: Call) -> Call:
         raise ValueError(f"prediction_type {config.prediction_type!r} of {name} is none of {', '.join(_SIGNS)}")
     sign, data = _SIGNS[config.get("prediction_type", "epsilon")], config.sigma_data
     consistency = isinstance(scheduler, CMStochasticIterativeScheduler)
+    path = edm_schedule(scheduler)
     # a consistency model is the identity at sigma_min and is nothing below
     start, floor, told = (config.sigma_min, config.sigma_min, 250.0) if consistency else (0.0, 1e-8, 0.25)
 
     def call(net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        sigma = t.double().clamp_min(floor)
+        sigma = path(t).sigma.clamp_min(floor)
         width = (sigma**2 + data**2).sqrt()
         c_skip, c_out = data**2 / ((sigma - start) ** 2 + data**2), sign * data * (sigma - start) / width
         skip, out, scale = (c.to(x_t.dtype).view(-1, *[1] * (x_t.ndim - 1)) for c in (c_skip, c_out, 1 / width))

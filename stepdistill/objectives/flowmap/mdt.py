@@ -10,7 +10,7 @@ from torch import Tensor
 from stepdistill.models.denoiser import Cond
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
-from stepdistill.parts.flow import STRAIGHT, on_straight, start_state, start_time, straight
+from stepdistill.parts.flow import CLOSEST, STRAIGHT, on_straight, start_state, start_time, straight
 from stepdistill.parts.neighbours import refuse_jumps
 from stepdistill.parts.times import LogNormal, Times
 from stepdistill.sampling import Sampler, at
@@ -34,7 +34,8 @@ class MDT(Objective):
     """Where both terms look. The default is logit-normal on the straight path."""
     delta: float = 0.01
     """How far back the derivative looks, as a share of t; its bias is of this order. The paper looks as far at every t,
-    and so only at those above: a student of several steps is asked at the others, too."""
+    and so only at those above: a student of several steps is asked at the others, too. In half precision it is at
+    least 0.005 of the whole way, so that rounding does not drown it."""
     normalise: float = 0.1
     """c in ``dphi/dt / (|dphi/dt| + c)``, the norm over a whole sample, in both terms. A stabiliser that moves the
     fixed point towards the teacher's velocity, the further the larger samples are; 0 leaves the derivative as it is."""
@@ -65,7 +66,7 @@ class MDT(Objective):
         schedule, phi = nets.student.schedule, straight(nets.student)
         eps, noise = step.randn(batch.shape), step.randn(batch.shape)
         top = start_time(schedule)
-        t = on_straight(schedule, self.times(schedule, len(batch), step))
+        t = on_straight(schedule, self.times(schedule, len(batch), step)).clamp_min(CLOSEST)
 
         x_t = STRAIGHT.add_noise(batch.x0, eps, t)
         now = phi(x_t, t, batch.cond, want="velocity")
@@ -98,10 +99,12 @@ class MDT(Objective):
             guided: conditions of the teacher.
         """
         v, column = straight(nets.teacher)(x_t, t, guided, want="velocity"), (-1, *[1] * (x_t.ndim - 1))
-        back = (self.delta * t).to(x_t).view(column)
-        before = straight(nets.student)(x_t - back * v, t - self.delta * t, cond, want="velocity")
-        if not self.normalise:
-            return v - (now - before) / self.delta
-        slope = (now - before) / back
-        size = slope.flatten(1).norm(dim=1).view(column)
-        return v - t.to(x_t).view(column) * slope / (size + self.normalise)
+        back = self.delta * t
+        if nets.student.dtype in (torch.bfloat16, torch.float16):
+            back = back.clamp_min(5e-3).minimum(t / 2)
+        length = back.to(x_t).view(column)
+        before = straight(nets.student)(x_t - length * v, t - back, cond, want="velocity")
+        slope = (now - before) / length
+        if self.normalise:
+            slope = slope / (slope.flatten(1).norm(dim=1).view(column) + self.normalise)
+        return v - t.to(x_t).view(column) * slope

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.functional.distances import AdaptiveL2, Distance
-from stepdistill.models.denoiser import Cond, null_like, unscaled, with_null
+from stepdistill.models.denoiser import Cond, null_like, of_samples, unscaled, with_null
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
 from stepdistill.parts.flow import CLOSEST, STRAIGHT, on_straight, only_jumps, start_time, straight
@@ -86,8 +86,8 @@ class MeanFlow(Objective):
         """One update of the student."""
         return (Turn(self.student_loss, moves=("student",)),)
 
-    def draw(self, student: Student, n: int, step: Step) -> tuple[Tensor, Tensor, int]:
-        """Times t and s (n,) on the straight path, and how many of the first samples have s below t."""
+    def draw(self, student: Student, n: int, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Times t and s (n,) on the straight path, and the indices of the samples whose s is below t."""
         schedule = student.schedule
         pair = torch.stack([self.times(schedule, n, step), self.times(schedule, n, step)])
         low, high = pair.amin(0), pair.amax(0)
@@ -95,14 +95,16 @@ class MeanFlow(Objective):
         # a little off both ends, where another path's derivatives would be lost
         t = on_straight(schedule, high).clamp(CLOSEST, start_time(schedule) - 1e-6)
         s = torch.minimum(on_straight(schedule, edge), t)
-        k = max(round(self.unequal * n), int(self.unequal > 0))
-        return t, torch.where(torch.arange(n, device=t.device) < k, s, t), k
+        # as many of any few in a row, so that all processes have theirs
+        before, after = (((step.numbers(n) + i) * self.unequal - 1e-9).ceil() for i in (0, 1))
+        apart = (after > before).to(t.device)
+        return t, torch.where(apart, s, t), apart.nonzero()[:, 0]
 
     def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
         """Regression onto the identity's right-hand side."""
         u, n = straight(nets.student), len(batch)
         eps = step.randn(batch.shape)
-        t, s, k = self.draw(nets.student, n, step)
+        t, s, apart = self.draw(nets.student, n, step)
         dropped = step.rand(n) < self.drop
 
         x_t = STRAIGHT.add_noise(batch.x0, eps, t)
@@ -115,21 +117,21 @@ class MeanFlow(Objective):
                 plain = dropped | (t > self.mix_until)
                 v = torch.where(_like(plain, v), v, self.mixed(nets, v, x_t, t, cond))
         target = v.clone()
-        if k:
-            part: Cond = {key: value[:k] for key, value in cond.items()}
+        if len(apart):
+            part, heading, along = of_samples(cond, apart), s[apart], v[apart]
 
             def average(x: Tensor, t: Tensor) -> Tensor:
-                return u(x, t, part, want="velocity", s=s[:k])
+                return u(x, t, part, want="velocity", s=heading)
 
             # differences look neither below s nor beyond the start: shorter, or further back along the trajectory
-            gap, reach = (t - s)[:k], self.tangent.reach
+            gap, reach = t[apart] - heading, self.tangent.reach
             length = gap.clamp_min(max(2 * reach, 1e-9))
             share = gap / length
-            back = (t[:k] + share * reach - start_time(nets.student.schedule) + 1e-6).clamp_min(0)
-            at = x_t[:k] - _like(back, v) * v[:k], t[:k] - back
-            slope = self.tangent(average, at, (_like(share, v) * v[:k], share))
+            back = (t[apart] + share * reach - start_time(nets.student.schedule) + 1e-6).clamp_min(0)
+            at = x_t[apart] - _like(back, v) * along, t[apart] - back
+            slope = self.tangent(average, at, (_like(share, v) * along, share))
             warm = min(1.0, (step.index + 1) / max(self.tangent_warmup, 1))
-            target[:k] -= warm * _like(length, v) * slope
+            target[apart] -= warm * _like(length, v) * slope
         return Loss(self.distance(u(x_t, t, cond, want="velocity", s=s), target).mean())
 
     def mixed(self, nets: Nets, v: Tensor, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.functional.distances import Barron
-from stepdistill.models.denoiser import Cond, null_like, unscaled
+from stepdistill.models.denoiser import Cond, null_like, of_samples, unscaled
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
 from stepdistill.parts.flow import CLOSEST, STRAIGHT, on_straight, only_jumps, start_state, start_time, straight
@@ -25,8 +25,8 @@ class TwinFlow(Objective):
     """Move the average velocity F from t to s onto what a short step along the flow and a walk of its running average
     make of it (RCGM), and one-step samples along the gap between the fake flow F(-t, -t) and the real one (sec. 3).
 
-    Of four slices of a batch the first heads from noise to data, the second and third a little and any way down, and
-    the fourth holds the student's own samples, whose plain flow is learned at negative times: the student is its own
+    Of every four samples one heads from noise to data, the next two a little and any way down, and the
+    fourth is the student's own, whose plain flow is learned at negative times: the student is its own
     critic, as MDT's is, but is taught to be one. Unlike MeanFlow it takes no derivative.
     """
 
@@ -39,7 +39,7 @@ class TwinFlow(Objective):
     guidance: float = 0.5
     """Of the running average's ``F(cond) - F(null)``, how much is added to the velocity from data; 0 adds nothing."""
     times: Times = field(default_factory=Uniform)
-    """Where all slices but the first start, and where one-step samples are looked at."""
+    """Where all but the first of four start, and where one-step samples are looked at."""
     rectify: float = 0.5
     """Weight of the term on one-step samples."""
     delta: float = 0.01
@@ -47,7 +47,7 @@ class TwinFlow(Objective):
     hops: int = 2
     """Of the walk behind it."""
     near: float = 0.05
-    """Largest share of t that the second slice goes down."""
+    """Largest share of t that the second of four goes down."""
     target_decay: float = 0.99
     """Of the running average."""
     c: float = 1e-3
@@ -82,43 +82,45 @@ class TwinFlow(Objective):
         return {"target": self.target_decay}
 
     def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
-        """All four slices in one evaluation, then the rectification of the first."""
+        """All in one evaluation, then the rectification of one in four."""
         f, schedule, n = straight(nets.student), nets.student.schedule, len(batch)
-        one, two, three = (math.ceil(n * k / 4) for k in (1, 2, 3))  # ends of the slices; the last may be empty
+        kind = (step.numbers(n) + step.index) % 4  # batches of less than four have theirs in turn
+        ways, near, own, live = (w.nonzero()[:, 0] for w in (kind == 0, kind == 1, kind == 3, kind != 3))
         top = start_time(schedule)
         eps, noise, again = step.randn(batch.shape), step.randn(batch.shape), step.randn(batch.shape)
         inner, share, level = self.times(schedule, n, step), step.rand(n), self.times(schedule, n, step)
 
         level = on_straight(schedule, level).clamp_min(CLOSEST)
-        share[one:two] *= self.near
+        share[near] *= self.near
         t = on_straight(schedule, inner).clamp_min(CLOSEST)
         s = (t * (1 - share)).clamp_min(CLOSEST)
-        t[:one], s[:one], s[three:] = top, 0.0, -t[three:]
+        t[ways], s[ways], s[own] = top, 0.0, -t[own]
         x0 = batch.x0.clone()
-        if three < n:
+        if len(own):
             with torch.no_grad():
-                z, cond = noise[three:] * schedule.prior_std, {k: v[three:] for k, v in batch.cond.items()}
-                x0[three:] = nets.student(z, at(schedule.t_max, z), cond, s=at(0.0, z))
+                z = noise[own] * schedule.prior_std
+                x0[own] = nets.student(z, at(schedule.t_max, z), of_samples(batch.cond, own), s=at(0.0, z)).to(x0)
         x_t = STRAIGHT.add_noise(x0, eps, t)
-        x_t[:one] = start_state(schedule, eps[:one])
+        x_t[ways] = start_state(schedule, eps[ways]).to(x_t)
 
         out = f(x_t, t, batch.cond, want="velocity", s=s)
         with torch.no_grad():
             target = eps - x0
-            live: Cond = {k: v[:three] for k, v in batch.cond.items()}
-            v = self.flow(nets, target[:three], x_t[:three], t[:three], live)
-            target[:three] = self.recursion(nets, out[:three], v, x_t[:three], t[:three], s[:three], live)
+            if len(live):
+                cond = of_samples(batch.cond, live)
+                v = self.flow(nets, target[live], x_t[live], t[live], cond)
+                target[live] = self.recursion(nets, out[live], v, x_t[live], t[live], s[live], cond)
             weight = torch.where(s < 0, 1.0, ((1 - (t - s)) * math.pi / 2.5).tan() + 1).to(x_t)
         base = (weight * Barron(self.c)(out, target)).mean()
-        if not self.rectify:
+        if not self.rectify or not len(ways):
             return Loss(base)
         with torch.no_grad():
-            x_s = STRAIGHT.add_noise(x_t[:one] - top * out[:one], again[:one], level[:one])
-            both = {k: torch.cat([v[:one], v[:one]]) for k, v in batch.cond.items()}
-            u, own = torch.cat([level[:one], level[:one]]), torch.cat([-level[:one], level[:one]])
-            fake, real = f(torch.cat([x_s, x_s]), u, both, want="velocity", s=own).chunk(2)
-            aim = out[:one] - (fake - real).clamp(-1, 1)  # lowering F raises the sample
-        rectify = Barron(self.c)(out[:one], aim).mean()
+            level = level[ways]
+            x_s = STRAIGHT.add_noise(x_t[ways] - top * out[ways], again[ways], level)
+            cond, signed = of_samples(batch.cond, ways.repeat(2)), torch.cat([-level, level])
+            fake, real = f(torch.cat([x_s, x_s]), level.repeat(2), cond, want="velocity", s=signed).chunk(2)
+            aim = out[ways] - (fake - real).clamp(-1, 1)  # lowering F raises the sample
+        rectify = Barron(self.c)(out[ways], aim).sum() * 4 / n
         return Loss(base + self.rectify * rectify, base=base, rectify=rectify)
 
     def flow(self, nets: Nets, v: Tensor, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:

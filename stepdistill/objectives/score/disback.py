@@ -24,6 +24,9 @@ class DisBack(Objective):
     are recorded on the way (degradation recording). Then DMD2 begins, where the record is the teacher, from
     the last to the first of it, and the true teacher at the end (backtracking): every target is near to where
     the student is, so that its scores are reliable there. Without a record it is DMD2 itself.
+
+    Records are guided as the teacher is, like the authors'. They are fitted under conditions alone, so that under
+    guidance their unconditional half lags behind, and the first target is not as near.
     """
 
     needs = frozenset({"student", "teacher", "critic"})
@@ -61,6 +64,11 @@ class DisBack(Objective):
     def check(self, sampler: Sampler) -> None:
         """As DMD2."""
         self.base.check(sampler)
+
+    def check_guidance(self, *, guided: bool, varies: bool, told: bool) -> None:
+        """Records are guided, not told."""
+        if told and self.recorded:
+            raise ValueError("student.told_guidance: DisBack guides its records by their null condition; leave it out")
 
     def extras(self, student: Denoiser) -> dict[str, nn.Module]:
         """Room for the record, in networks as the student's."""

@@ -38,8 +38,16 @@ class DMD2(Objective):
     """Where the critic is fitted."""
     gan: Gan = field(default_factory=Gan)
     """The adversarial term."""
+    disc_weight: float = 1.0
+    """Of the discriminator's loss beside the critic's. The paper's 0.01 is for heads on the critic itself
+    (``heads.backbone`` "critic"), which both losses then move."""
     student_every: int = 5
     """Critic updates per student update."""
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if not self.disc_weight > 0:
+            raise ValueError(f"objective.disc_weight must be above 0; got {self.disc_weight}")
 
     def check(self, sampler: Sampler) -> None:
         """A student of several steps must be trained on its own states."""
@@ -88,4 +96,4 @@ class DMD2(Objective):
         """Tell the student's samples from real ones of the same conditions."""
         fake = student_samples(self.rollout, nets, batch, step)
         loss, accuracy = self.gan.disc_term(nets.disc, nets.teacher.schedule, batch.x0, fake, batch.cond, step)
-        return Loss(loss, disc=loss, disc_accuracy=accuracy)
+        return Loss(self.disc_weight * loss, disc=loss, disc_accuracy=accuracy)

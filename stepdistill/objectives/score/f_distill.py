@@ -105,7 +105,7 @@ class FDistill(Objective):
         dm = pull(x0, gap)
         if not base.adversarial:
             return Loss(dm)
-        adv = base.gan.student_term(nets.disc, nets.teacher.schedule, x0, batch.cond, step)
+        adv = base.gan.student_term(nets.disc, nets.teacher.schedule, x0, batch.cond, step, real=batch.x0)
         return Loss(dm + base.gan.weight * adv, dm=dm, adv=adv)
 
     def weight(self, nets: Nets, at: Judged, cond: Cond) -> Tensor:

@@ -71,6 +71,14 @@ class SiD(Objective):
         """A student of several steps must be trained on its own states."""
         refuse_one_step(self.rollout, sampler)
 
+    def check_guidance(self, *, guided: bool, varies: bool, told: bool) -> None:
+        """A critic that is told a scale has no other."""
+        if told and (self.critic_guidance, self.fit_guidance, self.critic_null_rate) != (1.0, 1.0, 0.0):
+            raise ValueError(
+                "student.told_guidance: its critic is told, too; leave objective.critic_guidance and fit_guidance 1 "
+                "and critic_null_rate 0"
+            )
+
     def turns(self) -> tuple[Turn, ...]:
         """The student's update, then the critic's on the same samples."""
         return (

@@ -49,7 +49,7 @@ class SNOOPI(Objective):
 
     def check_guidance(self, *, guided: bool, varies: bool, told: bool) -> None:
         """It draws the scale itself."""
-        if varies:
+        if varies:  # and so no student is told
             raise ValueError("SNOOPI draws guidance itself, from objective.guidance; leave teacher.guidance_range out")
 
     def turns(self) -> tuple[Turn, ...]:

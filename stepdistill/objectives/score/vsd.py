@@ -59,7 +59,9 @@ class VSD(Objective):
         refuse_one_step(self.rollout, sampler)
 
     def check_guidance(self, *, guided: bool, varies: bool, told: bool) -> None:
-        """A guided critic must know both of its answers."""
+        """A guided critic must know both of its answers, and is not told what it is to be guided by."""
+        if told and self.critic_guided:
+            raise ValueError("student.told_guidance: its critic is told, too; set objective.critic_guided False")
         if guided and self.critic_guided and self.null_rate == 0:
             raise ValueError("objective.null_rate 0: a guided critic must know the null condition; use 0.1")
 

@@ -17,7 +17,7 @@ from stepdistill.functional.weights import TruncatedSnr, Weight
 from stepdistill.models.denoiser import Cond, Denoiser, Predictor
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
-from stepdistill.sampling import Ddim, Move, Rng, Sampler, StepRule, refuse_noise
+from stepdistill.sampling import Ddim, Move, Rng, Sampler, StepRule, refuse_noise, refuse_solver
 
 
 @register("pd", family="trajectory", paper="2202.00512")
@@ -56,8 +56,9 @@ class PD(Objective):
             raise ValueError(f"objective.solver {self.solver}: a followed student jumps by DDIM; use Ddim()")
 
     def check(self, sampler: Sampler) -> None:
-        """The student is trained to jump from time to time of its grid."""
+        """The student is trained to jump from time to time of its grid, as the followed does."""
         refuse_noise(sampler)
+        refuse_solver(self.solver, memory=True)
 
     def check_start(self, sampler: Sampler, start: Sampler | None) -> None:
         """The followed student jumps ``jumps`` times in each of this one's intervals."""

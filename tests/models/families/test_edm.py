@@ -40,7 +40,13 @@ def karras(scheduler: SchedulerMixin, steps: int) -> tuple[float, ...]:
     """The grid on which a consistency pipeline calls its network under its own scheduler, as fractions of its top."""
     scheduler = type(scheduler).from_config(scheduler.config)
     scheduler.set_timesteps(steps)
-    return tuple((scheduler.sigmas[:-1] / scheduler.config.sigma_max).tolist())
+    return times_of(*scheduler.sigmas[:-1])
+
+
+def times_of(*sigmas: float) -> tuple[float, ...]:
+    """Fractions of Karras' way from sigma_min to sigma_max (arXiv:2206.00364 eq. 5)."""
+    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    return tuple(max((float(sigma) ** (1 / 7) - low) / (high - low), 1e-6) for sigma in sigmas)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -54,11 +60,12 @@ def test_clean_estimates_are_the_schedulers_own(cls: type[SchedulerMixin], predi
         x_t = torch.randn(2, *opened.sample_shape) * sigma
         with torch.no_grad():
             raw = opened.denoiser.net(scheduler.scale_model_input(x_t, t), t, labels).sample
-            ours = opened.denoiser(x_t, sigma.double().expand(2), {"class_labels": labels})
+            t = torch.tensor(times_of(sigma), dtype=torch.float64).expand(2)
+            ours = opened.denoiser(x_t, t, {"class_labels": labels})
         torch.testing.assert_close(ours, scheduler.precondition_outputs(x_t, raw, sigma), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("times", [trailing(1), trailing(2), trailing(4), (1.0, 0.1, 0.01, 0.001), (1.0, 0.6, 0.05)])
+@pytest.mark.parametrize("times", [trailing(1), trailing(2), trailing(4), times_of(80, 8, 0.8, 0.08), (1.0, 0.6, 0.05)])
 def test_a_students_steps_are_eulers(times: tuple[float, ...]) -> None:
     opened = user_pipeline(EDMEulerScheduler())
     student = new_student(opened, Sampler(times, Ddim()))
@@ -76,7 +83,7 @@ def test_a_students_steps_are_eulers(times: tuple[float, ...]) -> None:
 def test_a_consistency_pipeline_with_classes_on_its_own_grid() -> None:
     opened = open_pipeline(stirred(edm.pipeline(num_class_embeds=5)))
     cond = opened.family.cond(opened.denoiser.net, {"labels": [1, 4]})
-    for times in (karras(opened.pipeline.scheduler, 3), trailing(3), (1.0, 0.008)):
+    for times in (karras(opened.pipeline.scheduler, 3), trailing(3), times_of(80, 0.64)):
         student = new_student(opened, Sampler(times, Renoise()))
         noise = torch.randn(2, *opened.sample_shape)
         with torch.no_grad():
@@ -92,7 +99,7 @@ def test_a_consistency_pipeline_with_classes_on_its_own_grid() -> None:
 def test_a_consistency_model_is_the_identity_at_its_least_noise() -> None:
     opened = open_pipeline(stirred(edm.pipeline()))
     x_t = torch.randn(3, *opened.sample_shape)
-    t = torch.tensor([0.002, 0.001, 0.0], dtype=torch.float64)
+    t = torch.tensor([9e-7, 5e-7, 0.0], dtype=torch.float64)  # at most 0.002
     with torch.no_grad():
         torch.testing.assert_close(opened.denoiser(x_t, t, {}), x_t)
         at_zero = user_pipeline(EDMEulerScheduler()).denoiser(x_t, torch.zeros(3, dtype=torch.float64), {})
@@ -114,9 +121,9 @@ def test_what_no_stock_scheduler_does_is_said() -> None:
         (consistency, Sampler(trailing(2), Ddim()), r"use Renoise\(\)"),
         (euler, Sampler(trailing(2), Renoise()), r"use Ddim\(\)"),
         (consistency, Sampler((0.5,), Renoise()), r"would sample at \[80.0\]"),
-        (consistency, Sampler((1.0, 0.9, 0.1), Renoise()), "even in"),
-        (euler, Sampler((1.0, 0.9, 0.1, 0.09), Ddim()), "even in"),
-        (consistency, Sampler((1.0, 1e-4), Renoise()), "end at or above 0.044"),
+        (consistency, Sampler(times_of(80, 72, 8), Renoise()), "even in"),
+        (euler, Sampler(times_of(80, 72, 8, 7.2), Ddim()), "even in"),
+        (consistency, Sampler(times_of(80, 0.008), Renoise()), "end at or above 0.044"),
     ):
         with pytest.raises(ValueError, match=message):
             stock_scheduler(new_student(opened, sampler), opened)
@@ -132,5 +139,5 @@ def test_a_saved_scheduler_walks_the_trained_grid(tmp_path) -> None:
     stock_scheduler(new_student(opened, Sampler(trailing(4), Renoise())), opened).save_pretrained(tmp_path)
     again = CMStochasticIterativeScheduler.from_pretrained(tmp_path)
     again.set_timesteps(4)
-    np.testing.assert_allclose(again.sigmas[:-1], [80, 60, 40, 20], rtol=1e-4)
+    np.testing.assert_allclose(again.sigmas[:-1], [80.0, 17.53, 2.515, 0.1698], rtol=1e-3)
     assert not again.config.clip_denoised
