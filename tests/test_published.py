@@ -38,6 +38,18 @@ def test_students_have_at_least_three_training_seeds() -> None:
         assert subject == "teacher" or int(seeds) >= 3
 
 
+def test_the_table_of_methods_holds_the_records() -> None:
+    values: dict[tuple[str, int, str], list[float]] = {}
+    for r in load_records(ROOT / "eval" / "methods" / "results.json"):
+        values.setdefault((r.subject.split("@")[0].removeprefix("digits_"), r.steps, r.metric), []).append(r.value)
+    table = rows("methods")
+    assert len(table) >= 25
+    for method, _, _, _, *cells in table:
+        for steps, cell in zip((50,) if "50 steps" in method else (1, 2, 4, 8), cells, strict=False):
+            stored = [values.get((method.split(",")[0], steps, metric)) for metric in ("fd", "pix", "recall")]
+            assert cell == (" / ".join(format_value(*mean_and_ci95(v)) for v in stored if v))
+
+
 @pytest.mark.parametrize("teacher", ["sd", "sd3"])
 def test_the_shapes_tables_hold_the_records(teacher: str) -> None:
     values: dict[tuple[str, str, str], list[float]] = {}
