@@ -12,34 +12,54 @@ from stepdistill.models.denoiser import Cond
 from stepdistill.schedule import Kind
 
 
-def images_of(samples: Tensor, decode: Callable[[Tensor], Tensor], size: int = 0) -> Tensor:
-    """The images behind samples, a video's frames one after the other, with gradients through the decoder.
+class OfImages(nn.Module):
+    """A frozen network of the images behind samples; gradients flow through it and the decoder to the samples.
 
     Args:
-        samples: (B, ...).
-        decode: samples to images (B, C, H, W), or videos (B, C, T, H, W).
-        size: side that images are resized to; 0 leaves them as they are.
-    """
-    images = decode(samples)
-    if images.ndim == 5:
-        images = images.transpose(1, 2).flatten(0, 1)
-    if size:
-        images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
-    return images
-
-
-class Vision(nn.Module):
-    """A frozen network of images in a denoiser's place: what a projected GAN reads (arXiv:2111.01007).
-
-    It sees the images that samples decode to, with gradients through the decoder, and is told neither the time nor
-    conditions. It was trained on clean images, so let the adversarial term's times be at or near 0; and nothing but
-    its start keeps a student of this discriminator alone to its conditions.
-
-    Args:
-        net: takes images (B, C, H, W); frozen here and put in eval mode.
+        net: takes images; frozen here and put in eval mode.
         decode: samples (B, ...) to images (B, C, H, W), or videos (B, C, T, H, W), nominally in [-1, 1].
         decoder: the network behind ``decode``, if any; frozen here.
         size: side that images are resized to; 0 leaves them as they are.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        decode: Callable[[Tensor], Tensor] = lambda samples: samples,
+        *,
+        decoder: nn.Module | None = None,
+        size: int = 0,
+    ):
+        super().__init__()
+        self.net, self.decode, self.decoder, self.size = net, decode, decoder, size
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> OfImages:
+        """Stays in eval mode whatever the networks around it do."""
+        return super().train(False)
+
+    def images(self, samples: Tensor) -> Tensor:
+        """(B, ...) to images (N, C, H, W), a video's frames one after the other."""
+        images = self.decode(samples)
+        if images.ndim == 5:
+            images = images.transpose(1, 2).flatten(0, 1)
+        if self.size:
+            images = F.interpolate(images, size=(self.size, self.size), mode="bilinear", antialias=True)
+        return images
+
+
+class Vision(OfImages):
+    """A frozen network of images in a denoiser's place: what a projected GAN reads (arXiv:2111.01007).
+
+    It sees the images that samples decode to and is told neither the time nor conditions. It was trained on clean
+    images, so let the adversarial term's times be at or near 0; and nothing but its start keeps a student of this
+    discriminator alone to its conditions.
+
+    Args:
+        net: takes images (N, C, H, W).
+        decode: see ``OfImages``.
+        decoder: likewise.
+        size: likewise.
         mean: of each channel in [0, 1] that ``net`` was trained with; grey images are repeated to as many channels.
         std: likewise; None for both hands over images in [-1, 1].
     """
@@ -57,53 +77,25 @@ class Vision(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ):
-        super().__init__()
-        self.net, self.decode, self.decoder, self.size = net, decode, decoder, size
+        super().__init__(net, decode, decoder=decoder, size=size)
         middle = torch.tensor(mean or (0.5,)).view(-1, 1, 1)  # ((x + 1) / 2 - mean) / std = (x - shift) / scale
         width = torch.tensor(std or (0.5,)).view(-1, 1, 1)
         self.register_buffer("shift", 2 * middle - 1)
         self.register_buffer("scale", 2 * width)
-        self.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> Vision:
-        """Stays in eval mode whatever the networks around it do."""
-        return super().train(False)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond, *, want: Kind = "x0") -> Tensor:
         """What the network says of the images behind ``x_t`` (B, ...); the rest is there because denoisers take it."""
-        return self.net((images_of(x_t, self.decode, self.size) - self.shift) / self.scale)
+        return self.net((self.images(x_t) - self.shift) / self.scale)
 
 
-class Perceptual(nn.Module):
+class Perceptual(OfImages):
     """How alike the images behind two batches of samples look, (B, ...), (B, ...) -> (B,): a distance with a network.
 
-    Args:
-        net: takes two batches of colour images (B, 3, H, W) in [-1, 1] and gives one value for each pair; frozen here
-            and put in eval mode.
-        decode: samples (B, ...) to images (B, C, H, W), or videos (B, C, T, H, W), nominally in [-1, 1]. Grey images
-            are repeated to three channels; a video's distance is the mean over its frames.
-        decoder: the network behind ``decode``, if any; frozen here.
-        size: side that images are resized to; 0 leaves them as they are.
+    ``net`` takes two batches of colour images (N, 3, H, W) in [-1, 1] and gives one value for each pair. Grey images
+    are repeated to three channels; a video's distance is the mean over its frames.
     """
-
-    def __init__(
-        self,
-        net: nn.Module,
-        decode: Callable[[Tensor], Tensor] = lambda samples: samples,
-        *,
-        decoder: nn.Module | None = None,
-        size: int = 0,
-    ):
-        super().__init__()
-        self.net, self.decode, self.decoder, self.size = net, decode, decoder, size
-        self.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> Perceptual:
-        """Stays in eval mode whatever the networks around it do."""
-        return super().train(False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Distance of ``a`` to ``b`` per sample, in float32."""
-        a_images, b_images = (images_of(x, self.decode, self.size).float() for x in (a, b))
-        colour = (-1, 3, -1, -1)
-        return self.net(a_images.expand(colour), b_images.expand(colour)).view(len(a), -1).mean(1)
+        one, other = (self.images(x).float().expand(-1, 3, -1, -1) for x in (a, b))
+        return self.net(one, other).view(len(a), -1).mean(1)
