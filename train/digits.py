@@ -385,7 +385,8 @@ def digits_mean_flow(steps: int = 1) -> Recipe:
 def digits_mdt(steps: int = 1) -> Recipe:
     """Marginal-data transport; without its stabiliser, and with a long difference in its place."""
     objective = MDT(delta=0.3, normalise=0.0, times=Uniform())
-    return _on_digits(objective, {"student": GENTLE}, 800, _grid(steps, Renoise() if steps > 1 else Ddim()))
+    optim = {"student": replace(GENTLE, lr=1e-4)}  # twice as fast, its samples are rough
+    return _on_digits(objective, optim, 800, _grid(steps, Renoise() if steps > 1 else Ddim()))
 
 
 def digits_twinflow(steps: int = 1) -> Recipe:

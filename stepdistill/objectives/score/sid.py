@@ -39,8 +39,8 @@ class SiD(Objective):
     """Weight of the squared difference: 1.2 in the paper (1.0 for one of its data sets), 1.0 in all that followed it.
     The larger, the nearer to its teacher a student must begin."""
     times: Times = field(default_factory=lambda: Uniform(0.02, 0.98))
-    """Where teacher and critic are compared: the law of arXiv:2406.01561 for latent teachers. For EDM the paper takes
-    Karras' noise levels up to about 24."""
+    """Where teacher and critic are compared: the law of arXiv:2406.01561 for latent teachers. On EDM pipelines,
+    whose time is Karras', the paper's is about ``Uniform(0.0, 0.8)``: noise up to 24."""
     critic_times: Times = field(default_factory=Uniform)
     """Where the critic is fitted; on EDM teachers the paper's is ``LogNormal(-1.2, 1.2)``."""
     critic_guidance: float = 1.0
