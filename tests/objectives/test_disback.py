@@ -144,6 +144,7 @@ def test_a_run_cut_off_in_either_stage_goes_on_bit_for_bit(gaussian: GaussianTea
             first.step(index)
         first.index = cut
         first.save()
+        first.checkpoints.finish()
         again = trainer_of(SHORT, gaussian, pretrained(gaussian, 2), steps=22, out=out)
         assert again.resume() and again.index == cut
         for index in range(cut, 22):
