@@ -165,10 +165,11 @@ def overview(values: Mapping[tuple[str, int], Mapping[str, list[float]]], costs:
             spread = f"{per_update[0]:g}" if len(per_update) == 1 else f"{per_update[0]:g} - {per_update[-1]:g}"
             lines.append(f"| {method} | {cls.family} | {data} | {spread} | " + " | ".join(cells) + " |")
     runs = [c["evaluations"] for c in costs.values()]
+    spent = dict.fromkeys(f"{n / 1e3:.0f}" for n in (min(runs), max(runs)))
     note = (
         f"FD % / pixel FD % / recall %. {SPREAD} Every run starts from the "
-        f"teacher's weights and spends {min(runs) / 1e3:.0f} to {max(runs) / 1e3:.0f} thousand network evaluations "
-        "of one sample, making its data included; a backward pass counts as two."
+        f"teacher's weights and spends {' to '.join(spent)} thousand network evaluations of one sample, making its data "
+        "included; a backward pass counts as two."
     )
     return "\n".join([*lines, "", note, "", against_teacher(values)]) + "\n"
 
