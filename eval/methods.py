@@ -167,9 +167,9 @@ def overview(values: Mapping[tuple[str, int], Mapping[str, list[float]]], costs:
     runs = [c["evaluations"] for c in costs.values()]
     spent = dict.fromkeys(f"{n / 1e3:.0f}" for n in (min(runs), max(runs)))
     note = (
-        f"FD % / pixel FD % / recall %. {SPREAD} Every run starts from the "
-        f"teacher's weights and spends {' to '.join(spent)} thousand network evaluations of one sample, making its data "
-        "included; a backward pass counts as two."
+        f"FD % / pixel FD % / recall %. {SPREAD} Every run starts from the teacher's weights and spends "
+        f"{' to '.join(spent)} thousand network evaluations of one sample, making its data included; a backward pass "
+        "counts as two."
     )
     return "\n".join([*lines, "", note, "", against_teacher(values)]) + "\n"
 
