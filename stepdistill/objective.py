@@ -75,9 +75,10 @@ class Step:
         rng = self.rng
         return rng.rows(shape[0], lambda n: torch.randn((n, *shape[1:]), generator=rng, device=rng.device))
 
-    def numbers(self, n: int) -> Tensor:
-        """Where this process's ``n`` samples stand in the batch that all of them share, (n,), int64."""
-        return self.rng.part.index * n + torch.arange(n, device=self.rng.device)
+    def rows(self, n: int, chosen: Callable[[int], bool]) -> Tensor:
+        """Which of this process's ``n`` samples are chosen, by their number in the batch of all processes; int64."""
+        first = self.rng.part.index * n
+        return torch.tensor([i for i in range(n) if chosen(first + i)], dtype=torch.long, device=self.rng.device)
 
     def rand(self, n: int) -> Tensor:
         """Uniform in [0, 1), (n,), float64."""

@@ -96,9 +96,8 @@ class MeanFlow(Objective):
         t = on_straight(schedule, high).clamp(CLOSEST, start_time(schedule) - 1e-6)
         s = torch.minimum(on_straight(schedule, edge), t)
         # as many of any few in a row, so that all processes have theirs
-        before, after = (((step.numbers(n) + i) * self.unequal - 1e-9).ceil() for i in (0, 1))
-        apart = (after > before).to(t.device)
-        return t, torch.where(apart, s, t), apart.nonzero()[:, 0]
+        apart = step.rows(n, lambda number: round(number * self.unequal, 9) % 1 < self.unequal)
+        return t, t.index_copy(0, apart, s[apart]), apart
 
     def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
         """Regression onto the identity's right-hand side."""

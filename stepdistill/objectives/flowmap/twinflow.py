@@ -82,10 +82,10 @@ class TwinFlow(Objective):
         return {"target": self.target_decay}
 
     def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
-        """All in one evaluation, then the rectification of one in four."""
+        """All in one evaluation, then the rectification of one in four; the smallest batches have them in turn."""
         f, schedule, n = straight(nets.student), nets.student.schedule, len(batch)
-        kind = (step.numbers(n) + step.index) % 4  # batches of less than four have theirs in turn
-        ways, near, own, live = (w.nonzero()[:, 0] for w in (kind == 0, kind == 1, kind == 3, kind != 3))
+        ways, near, _, own = (step.rows(n, lambda g, k=k: (g + step.index) % 4 == k) for k in range(4))
+        live = step.rows(n, lambda g: (g + step.index) % 4 != 3)
         top = start_time(schedule)
         eps, noise, again = step.randn(batch.shape), step.randn(batch.shape), step.randn(batch.shape)
         inner, share, level = self.times(schedule, n, step), step.rand(n), self.times(schedule, n, step)
