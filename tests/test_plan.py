@@ -12,6 +12,7 @@ from stepdistill.known_teachers import KNOWN, Known, open_untrained
 from stepdistill.memory import Memory, rehearse
 from stepdistill.models.families import Opened, open_pipeline
 from stepdistill.models.nets import Nets
+from stepdistill.objective import registered
 from stepdistill.parts.gan import Gan
 from stepdistill.plan import StagePlan, parameters, plan, propose, table
 from stepdistill.recipe import Teacher, Weights
@@ -60,6 +61,13 @@ def test_every_stage_of_a_chain_is_planned_for_its_own_student(digits: Opened) -
 def test_a_stage_that_must_follow_another_is_rehearsed(digits: Opened) -> None:
     first, second = plan(find("digits_pd@4"), digits, memory=True)
     assert second.memory.weights == first.memory.weights | {"previous": first.memory.weights["student"]}
+
+
+@pytest.mark.parametrize("name", [n for n, cls in registered().items() if cls.__module__.startswith("stepdistill.")])
+def test_every_method_is_rehearsed_without_numbers(name: str, digits: Opened) -> None:
+    recipe = find(f"digits_{name}")
+    memory = rehearse(replace(recipe, run=replace(recipe.run, batch=4)), digits)
+    assert memory.peak > memory.standing > 0
 
 
 def test_a_shared_backbone_is_counted_once() -> None:

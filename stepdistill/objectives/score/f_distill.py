@@ -133,7 +133,9 @@ class RatioMeans(nn.Module):
         """Take in ``ratio`` (B,) at times ``share`` (B,) in [0, 1], and return the mean that goes with each, (B,)."""
         bins = len(self.means)
         index = (share * bins).long().clamp(0, bins - 1)
-        count = distributed.total(torch.bincount(index, minlength=bins))
-        sums = distributed.total(torch.zeros_like(self.means).index_add_(0, index, ratio.to(self.means)))
+        count, sums = (
+            distributed.total(torch.zeros_like(self.means).index_add_(0, index, each.to(self.means)))
+            for each in (torch.ones_like(ratio), ratio)
+        )
         self.means.lerp_(torch.where(count > 0, sums / count.clamp_min(1), self.means), 1 - decay)
         return self.means[index].to(ratio)
