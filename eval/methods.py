@@ -221,13 +221,14 @@ def plots(records: Sequence[Record], out: Path) -> None:
     for r in records:
         if r.metric == "fd":
             middle.setdefault((r.subject.partition(" #")[0], r.steps), []).append(r)
-    chosen = {sorted(g, key=lambda r: r.value)[len(g) // 2].subject for g in middle.values()}
+    medians = (sorted(g, key=lambda r: r.value)[len(g) // 2] for g in middle.values())
+    chosen = {(r.subject, r.steps) for r in medians}
     for family in sorted({registered()[m].family for m in METHODS}):
         wanted = {"teacher", *(m for m in METHODS if registered()[m].family == family)}
         shown = [
             replace(r, subject=r.subject.partition("@")[0].removeprefix("digits_"))
             for r in records
-            if r.subject in chosen and r.metric in METRICS
+            if (r.subject, r.steps) in chosen and r.metric in METRICS
         ]
         shown = [r for r in shown if r.subject in wanted]
         if any(r.role == "student" for r in shown):
