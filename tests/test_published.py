@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,13 @@ def test_the_overhead_table_holds_the_records() -> None:
     assert len(table) == len(stored) > 0
     for row, cells in zip(stored, table, strict=True):
         assert cells[0] == row["recipe"] and float(cells[3]) == round(row["ratio"], 3)
+
+
+def test_an_update_of_every_method_costs_little_more_than_its_evaluations() -> None:
+    stored = json.loads((ROOT / "eval" / "methods" / "overhead.json").read_text())["rows"]
+    ratios = [row["ratio"] for row in stored]
+    said = f"the ratio is {statistics.median(ratios):.2f} in the median and {max(ratios):.2f} at most"
+    assert said in (ROOT / "README.md").read_text() and len({row["recipe"] for row in stored}) >= 28
 
 
 def test_the_throughput_of_a_bench_is_that_of_its_sampler() -> None:
