@@ -12,7 +12,7 @@ from pickle import UnpicklingError
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stepdistill import distributed
 from stepdistill.checkpoint import Checkpoints
@@ -29,7 +29,7 @@ from stepdistill.models.nets import Nets, add_averages, freeze
 from stepdistill.models.surgery import bare_copy, told_guidance, unadapted, with_layers
 from stepdistill.models.taps import Tap
 from stepdistill.models.two_time import TwoTime, fold
-from stepdistill.models.vision import Perceptual, Vision
+from stepdistill.models.vision import Images, Perceptual, Vision
 from stepdistill.objective import Batch, Step, with_networks
 from stepdistill.paths import project_dir
 from stepdistill.placement import place, recompute, visiting
@@ -161,9 +161,9 @@ def start_from(student: Student, start: Student, opened: Opened) -> None:
         ) from error
 
 
-def to_images(opened: Opened) -> tuple[Callable[[Tensor], Tensor], nn.Module | None]:
-    """From the teacher's samples to images, with gradients, and the network that it takes, if any."""
-    return partial(opened.family.decode, opened.pipeline), companions(opened).get("vae")
+def to_images(opened: Opened, size: int = 0) -> Images:
+    """From the teacher's samples to images of a side; 0 leaves them as they are."""
+    return Images(partial(opened.family.decode, opened.pipeline), companions(opened).get("vae"), size)
 
 
 def new_lpips(opened: Opened, asked: LPIPS) -> Perceptual:
@@ -175,8 +175,7 @@ def new_lpips(opened: Opened, asked: LPIPS) -> Perceptual:
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
     net = fetched("LPIPS", lambda: LearnedPerceptualImagePatchSimilarity(asked.net)).net
-    decode, decoder = to_images(opened)
-    return Perceptual(net, decode, decoder=decoder, size=asked.size)
+    return Perceptual(net, to_images(opened, asked.size))
 
 
 def fetched(field: str, network: Callable[[], nn.Module]) -> nn.Module:
@@ -203,14 +202,13 @@ def new_vision(opened: Opened, name: str) -> tuple[Vision, tuple[Tap, ...]]:
     Raises:
         ValueError: if there is no such benchmark.
     """
-    decode, decoder = to_images(opened)
     if name == "vgg16_bn":
         from torchvision.models import VGG16_BN_Weights, vgg16_bn
 
         net = fetched("heads.backbone", lambda: vgg16_bn(weights=VGG16_BN_Weights.IMAGENET1K_V1)).features
         taps = Tap("12", 128), Tap("22", 256), Tap("32", 512), Tap("42", 512)  # where blocks 2 to 5 end, before pooling
         norm = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-        return Vision(net, decode, decoder=decoder, size=224, **norm), taps
+        return Vision(net, to_images(opened, 224), **norm), taps
 
     from stepdistill.evaluation import benchmark  # the judges' libraries take their time
 
@@ -219,12 +217,12 @@ def new_vision(opened: Opened, name: str) -> tuple[Vision, tuple[Tap, ...]]:
         from stepdistill.evaluation.digits import DIGIT_CLASSIFIER
 
         taps = Tap("conv1", 16), Tap("norm2", 32), Tap("norm3", 32)
-        return Vision(load_digit_classifier(DIGIT_CLASSIFIER), decode, decoder=decoder), taps
+        return Vision(load_digit_classifier(DIGIT_CLASSIFIER), to_images(opened)), taps
     if benchmark.is_shapes(opened):
         from stepdistill.evaluation.shapes import load_shapes_classifier
 
         net = load_shapes_classifier(project_dir("assets") / "shapes-judges" / "classifier.safetensors")
-        return Vision(net, decode, decoder=decoder), (Tap("norms.1", 32), Tap("norms.2", 48), Tap("norms.4", 64))
+        return Vision(net, to_images(opened)), (Tap("norms.1", 32), Tap("norms.2", 48), Tap("norms.4", 64))
     raise ValueError(
         f"heads.backbone: 'judge' is for the bundled digits and shapes; of {type(opened.pipeline).__name__}'s images "
         "use 'vgg16_bn', or 'teacher'"

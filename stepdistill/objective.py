@@ -250,8 +250,8 @@ def with_networks(objective: Objective, network: Callable[[LPIPS], Distance]) ->
         elif isinstance(value, LPIPS):
             if name not in objective.between_images:
                 raise ValueError(
-                    f"{name}: LPIPS compares images, and {type(objective).__name__}'s {name} stands between others; "
-                    "use Huber() or L2()"
+                    f"objective.{name}: LPIPS compares images, and {type(objective).__name__}'s {name} stands between "
+                    "others; use Huber() or L2()"
                 )
             found[name] = network(value)
     return replace(objective, **found) if found else objective

@@ -281,6 +281,21 @@ def test_a_flow_network_seen_as_edm_follows_the_published_formula() -> None:
     assert math.isclose(EDM(3.0).t_max, 3.0)
 
 
+@pytest.mark.parametrize("sigma_max", [10.0, 40.0, 80.0, 157.4])
+def test_guidance_acts_where_another_schedule_starts_too(sigma_max: float) -> None:
+    """Matching log-SNR comes back to sigma_max up to rounding, which must not count as beyond it."""
+
+    class Label(nn.Module):
+        def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+            return labels.to(x)[:, None].expand_as(x)
+
+    denoiser = Denoiser(Label(), EDM(sigma_max), "x0")
+    seen = Rescheduled(Guided(denoiser, 3.0, {"labels": torch.tensor([0])}), RectifiedFlow())
+    top = torch.full((2,), sigma_max / (1 + sigma_max), dtype=torch.float64)
+    x0 = seen(torch.randn(2, 3, dtype=torch.float64), top, {"labels": torch.tensor([1, 2])})
+    assert_close(x0, torch.tensor([[3.0], [6.0]], dtype=torch.float64).expand(2, 3))
+
+
 # Nets: who trains, averages, state
 
 

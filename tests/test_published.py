@@ -51,6 +51,28 @@ def test_the_table_of_methods_holds_the_records() -> None:
             assert cell == (" / ".join(format_value(*mean_and_ci95(v)) for v in stored if v))
 
 
+def test_what_is_said_of_methods_and_teacher_is_in_the_records() -> None:
+    fd: dict[tuple[str, int], list[float]] = {}
+    for r in load_records(ROOT / "eval" / "methods" / "results.json"):
+        if r.metric == "fd":
+            fd.setdefault((r.subject.split("@")[0].removeprefix("digits_"), r.steps), []).append(r.value)
+    readme = (ROOT / "README.md").read_text()
+    for steps in (1, 2, 4, 8):
+        methods = {m: sum(v) / len(v) for (m, k), v in fd.items() if k == steps and m != "teacher"}
+        ratios = sorted(fd["teacher", steps][0] / mean for mean in methods.values())
+        half = len(ratios) // 2
+        middle = ratios[half] if len(ratios) % 2 else (ratios[half - 1] + ratios[half]) / 2
+        twice = f"2 or more in {sum(r >= 2 for r in ratios)} of {len(ratios)} methods"
+        assert f"median {middle:.2g}; {twice}; least sds {ratios[0]:.2g}" in readme
+    costs = json.loads((ROOT / "eval" / "methods" / "costs.json").read_text())
+    spent = [cost["evaluations"] / 1e3 for cost in costs.values()]
+    assert f"spends {min(spent):.0f} to {max(spent):.0f} thousand network evaluations" in readme
+    for method, _, _, evaluations, *_ in rows("methods")[2:]:
+        stages = [s for name, cost in costs.items() if name.startswith(f"digits_{method}@") for s in cost["stages"]]
+        ends = sorted({f"{round(s['per_update'], 1):g}" for s in stages}, key=float)
+        assert evaluations == " - ".join(dict.fromkeys((ends[0], ends[-1])))
+
+
 @pytest.mark.parametrize("teacher", ["sd", "sd3"])
 def test_the_shapes_tables_hold_the_records(teacher: str) -> None:
     values: dict[tuple[str, str, str], list[float]] = {}

@@ -410,7 +410,7 @@ def digits_quickstart_4step() -> Recipe:
 
 
 def digits_best(steps: int = 1) -> Recipe:
-    """The best that we know, for a quarter of an hour: the quickstart's chain with more of the teacher's samples.
+    """The best that we know, for some ten minutes: the quickstart's chain with more of the teacher's samples.
 
     Then a gentler game: half the learning rates, a faint discriminator, and a little guidance for precision.
     """

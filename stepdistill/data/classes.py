@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.data.base import Data, Setting, epochs, to_device
-from stepdistill.models.denoiser import Cond
+from stepdistill.models.denoiser import Cond, of_samples
 from stepdistill.models.families import Opened
 from stepdistill.objective import Batch, Step
 
@@ -96,7 +96,7 @@ class DigitsData(Data):
 
         def batch(step: Step) -> Batch:
             rows = rows_of(step.index)
-            return Batch({k: v[rows] for k, v in cond.items()}, (setting.batch, *x0.shape[1:]), x0=x0[rows])
+            return Batch(of_samples(cond, rows), (setting.batch, *x0.shape[1:]), x0=x0[rows])
 
         return batch
 

@@ -21,7 +21,7 @@ from stepdistill.data.encoding import Latents, Texts, encoded
 from stepdistill.data.prompts import check_made_up
 from stepdistill.data.report import Bad, Report, printable
 from stepdistill.data.rows import Row, check_size, checked_text, size_of
-from stepdistill.models.denoiser import Cond
+from stepdistill.models.denoiser import Cond, of_samples
 from stepdistill.models.families import Opened
 from stepdistill.models.families.base import Size
 from stepdistill.objective import Batch, Step
@@ -213,7 +213,7 @@ class ImageSource(Data):
         if not labels:
             return encoded([row.text for row in rows], setting, self.memory, store, size)
         cond = to_device(class_cond(setting.opened, torch.tensor(labels)), setting.device)
-        return lambda picked: {k: v[picked] for k, v in cond.items()}
+        return functools.partial(of_samples, cond)
 
     def _told(self, report: Report) -> Told:
         def told(name: str, problem: Bad) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from stepdistill.data.classes import class_cond
 from stepdistill.data.encoding import encoded
 from stepdistill.data.prompts import PromptSource
 from stepdistill.logging import Progress
-from stepdistill.models.denoiser import Cond
+from stepdistill.models.denoiser import Cond, of_samples
 from stepdistill.objective import Batch, Step
 from stepdistill.sampling import DpmPP2M, Sampler, trailing
 
@@ -112,7 +113,7 @@ class TeacherPairs(Data):
             return lambda rows: of_text(rows % len(texts))
         labels = torch.arange(self.count) % self.classes if self.classes else torch.arange(0)
         cond = to_device(class_cond(setting.opened, labels), setting.device)
-        return lambda rows: {k: v[rows] for k, v in cond.items()}
+        return partial(of_samples, cond)
 
     def _paths(self, setting: Setting, cond_of: Callable[[Tensor], Cond], states: list[int]) -> Tensor:
         """The chosen states of all trajectories, (count, states, ...), from the cache if they are there.

@@ -12,11 +12,10 @@ from stepdistill.models.denoiser import Cond
 from stepdistill.schedule import Kind
 
 
-class OfImages(nn.Module):
-    """A frozen network of the images behind samples; gradients flow through it and the decoder to the samples.
+class Images(nn.Module):
+    """The images behind samples, with gradients through the decoder.
 
     Args:
-        net: takes images; frozen here and put in eval mode.
         decode: samples (B, ...) to images (B, C, H, W), or videos (B, C, T, H, W), nominally in [-1, 1].
         decoder: the network behind ``decode``, if any; frozen here.
         size: side that images are resized to; 0 leaves them as they are.
@@ -24,21 +23,14 @@ class OfImages(nn.Module):
 
     def __init__(
         self,
-        net: nn.Module,
         decode: Callable[[Tensor], Tensor] = lambda samples: samples,
-        *,
         decoder: nn.Module | None = None,
         size: int = 0,
     ):
         super().__init__()
-        self.net, self.decode, self.decoder, self.size = net, decode, decoder, size
-        self.requires_grad_(False).eval()
+        self.decode, self.decoder, self.size = decode, decoder, size
 
-    def train(self, mode: bool = True) -> OfImages:
-        """Stays in eval mode whatever the networks around it do."""
-        return super().train(False)
-
-    def images(self, samples: Tensor) -> Tensor:
+    def forward(self, samples: Tensor) -> Tensor:
         """(B, ...) to images (N, C, H, W), a video's frames one after the other."""
         images = self.decode(samples)
         if images.ndim == 5:
@@ -46,6 +38,24 @@ class OfImages(nn.Module):
         if self.size:
             images = F.interpolate(images, size=(self.size, self.size), mode="bilinear", antialias=True)
         return images
+
+
+class OfImages(nn.Module):
+    """A network of the images behind samples: frozen, and in eval mode whatever the networks around it do.
+
+    Args:
+        net: takes images.
+        images: what it is shown of samples.
+    """
+
+    def __init__(self, net: nn.Module, images: Images | None = None):
+        super().__init__()
+        self.net, self.images = net, images or Images()
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> OfImages:
+        """Stays in eval mode."""
+        return super().train(False)
 
 
 class Vision(OfImages):
@@ -57,9 +67,7 @@ class Vision(OfImages):
 
     Args:
         net: takes images (N, C, H, W).
-        decode: see ``OfImages``.
-        decoder: likewise.
-        size: likewise.
+        images: what it is shown of samples.
         mean: of each channel in [0, 1] that ``net`` was trained with; grey images are repeated to as many channels.
         std: likewise; None for both hands over images in [-1, 1].
     """
@@ -70,14 +78,12 @@ class Vision(OfImages):
     def __init__(
         self,
         net: nn.Module,
-        decode: Callable[[Tensor], Tensor] = lambda samples: samples,
+        images: Images | None = None,
         *,
-        decoder: nn.Module | None = None,
-        size: int = 0,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ):
-        super().__init__(net, decode, decoder=decoder, size=size)
+        super().__init__(net, images)
         middle = torch.tensor(mean or (0.5,)).view(-1, 1, 1)  # ((x + 1) / 2 - mean) / std = (x - shift) / scale
         width = torch.tensor(std or (0.5,)).view(-1, 1, 1)
         self.register_buffer("shift", 2 * middle - 1)

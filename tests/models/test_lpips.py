@@ -79,7 +79,7 @@ def test_it_is_the_papers_sum_over_layers(squeezenet: nn.Module) -> None:
 def test_gradients_reach_latents_through_the_decoder_and_nobody_else(squeezenet: nn.Module) -> None:
     opened = open_pipeline(importlib.import_module("tests.tiny.sd").pipeline())
     looks = new_lpips(opened, SQUEEZE)
-    assert looks.decoder is opened.pipeline.vae  # so that it moves to the run's device
+    assert looks.images.decoder is opened.pipeline.vae  # so that it moves to the run's device
     a, b = torch.randn(2, 2, *opened.sample_shape)
     a.requires_grad_()
     looks(a, b).sum().backward()
@@ -94,8 +94,7 @@ def test_the_gradient_is_the_numeric_derivative_of_what_people_would_see() -> No
             return (a.sin() - b.sin()).square().sum((1, 2, 3))
 
     opened = open_pipeline(importlib.import_module("tests.tiny.sd").pipeline())
-    decode, decoder = to_images(opened)
-    looks = Perceptual(Smooth(), decode, decoder=decoder, size=48)
+    looks = Perceptual(Smooth(), to_images(opened, 48))
     a, b, along = torch.randn(3, 1, *opened.sample_shape)
     a.requires_grad_()
     looks(a, b).sum().backward()
@@ -178,7 +177,9 @@ def test_it_stands_where_images_are_compared_and_nowhere_else() -> None:
     inside = replace(dmd, objective=DMD(regression=KD(distance=LPIPS())))
     assert inside.objective.regression.distance == LPIPS("vgg", 224)
     pcm = find("digits_pcm")
-    with pytest.raises(ValueError, match="distance: LPIPS compares images, and PCM's distance stands between others"):
+    with pytest.raises(
+        ValueError, match=r"objective.distance: LPIPS compares images, and PCM's distance stands between others"
+    ):
         replace(pcm, objective=PCM(segments=pcm.objective.segments, distance=LPIPS()))
     reflow = find("digits_reflow")
     assert replace(reflow, objective=Reflow(perceptual=LPIPS())).objective.perceptual == LPIPS()

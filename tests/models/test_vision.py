@@ -18,7 +18,7 @@ from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.families import Opened, open_pipeline
 from stepdistill.models.nets import Nets, only_trains
 from stepdistill.models.taps import Tap
-from stepdistill.models.vision import Vision
+from stepdistill.models.vision import Images, Vision
 from stepdistill.recipe import Heads, Teacher
 
 
@@ -55,7 +55,7 @@ def test_images_arrive_as_the_network_was_trained() -> None:
     )
     Vision(net)(x, t_of(x), {})
     assert_close(net.images, x)
-    Vision(net, size=9)(x, t_of(x), {})
+    Vision(net, Images(size=9))(x, t_of(x), {})
     assert net.images.shape == (2, 3, 9, 9)
 
 
@@ -70,7 +70,7 @@ def test_frames_of_a_video_stand_side_by_side() -> None:
 
 def test_nobody_trains_the_network_or_the_decoder_and_the_sample_is_reached_through_both() -> None:
     net, decoder = Seen(), nn.Conv2d(2, 3, 1)
-    vision = Vision(net, decoder, decoder=decoder)
+    vision = Vision(net, Images(decoder, decoder))
     disc = Discriminator(vision, (Tap("norm", 4),), width=8)
     before = copy.deepcopy(vision.state_dict())
     disc.train()
@@ -117,7 +117,7 @@ def test_the_judge_of_shapes_sees_what_latents_decode_to() -> None:
     logits.sum().backward()
     assert float(latents.grad.abs().sum()) > 0
     assert all(p.grad is None for p in opened.pipeline.vae.parameters())
-    assert vision.decoder is opened.pipeline.vae  # so that it moves to the run's device
+    assert vision.images.decoder is opened.pipeline.vae  # so that it moves to the run's device
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_vgg_is_read_where_its_blocks_end(untrained_vgg: None) -> None:
     layers = list(vision.net)
     for tap in taps:
         assert isinstance(layers[int(tap.name)], nn.ReLU) and isinstance(layers[int(tap.name) + 1], nn.MaxPool2d)
-    assert vision.size == 224
+    assert vision.images.size == 224
     disc = Discriminator(vision, taps, width=4)
     latents = torch.randn(1, *opened.sample_shape, requires_grad=True)
     maps = disc.features(latents, t_of(latents), {})

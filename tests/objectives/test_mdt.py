@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from stepdistill.models.denoiser import Guided
+from stepdistill.models.denoiser import Cond, Guided
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Step
 from stepdistill.objectives import MDT
@@ -130,6 +130,29 @@ def test_without_distillation_no_sample_is_made() -> None:
     assert len(calls) == 2 and set(loss.terms) == set()
     MDT().student_loss(nets, batch, Step.at(0))
     assert len(calls) == 2 + 5
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_in_half_precision_the_difference_is_no_shorter_than_rounding_allows(half: bool) -> None:
+    """Of the two times at which the student is asked in matching, the later less the earlier."""
+    nets, batch = guided_nets()
+    nets.student.dtype = torch.bfloat16 if half else torch.float64
+    seen: list[Tensor] = []
+    student = nets.student
+
+    class Asked(torch.nn.Module):
+        schedule, dtype = student.schedule, student.dtype
+
+        def forward(self, x_t: Tensor, t: Tensor, cond: Cond, *, want: str = "x0") -> Tensor:
+            seen.append(t)
+            return torch.zeros_like(x_t)
+
+    nets["student"] = Asked()
+    MDT(delta=0.01, distil=0.0, times=Uniform(0.002, 1.0)).student_loss(nets, batch, Step.at(0))
+    t, before = seen
+    expected = [0.01 * x if not half else min(max(0.01 * x, 0.005), x / 2) for x in t.tolist()]
+    assert_close((t - before).tolist(), expected)
+    assert not half or any(0.01 * x < 0.005 for x in t.tolist())
 
 
 def test_bad_settings_are_named() -> None:
