@@ -8,21 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GanLoss = Literal["softplus", "hinge", "lsgan", "relativistic"]
+GanLoss = Literal["softplus", "hinge", "hinge_both", "lsgan", "relativistic"]
 
 
 def disc_loss(real: Tensor, fake: Tensor, kind: GanLoss = "softplus") -> Tensor:
     """What a discriminator minimises.
 
     With p and q the densities of real and generated samples, the best logit is ``log p / q`` for "softplus", that up
-    to a constant for "relativistic", the sign of ``p - q`` for "hinge" and ``(p - q) / (p + q)`` for "lsgan".
+    to a constant for "relativistic", the sign of ``p - q`` for both hinges and ``(p - q) / (p + q)`` for "lsgan".
 
     Args:
         real: logits of real samples, any shape.
         fake: logits of generated samples, any shape; for "relativistic" the shape of ``real``.
-        kind: "softplus" is the non-saturating loss (2 ln 2 at chance), "hinge" the hinge loss (2 at chance), "lsgan"
-            least squares to 1 and -1 (arXiv:1611.04076; 1 at chance), "relativistic" the softplus of each real
-            logit's lead over a generated one's (arXiv:1807.00734; ln 2 at chance).
+        kind: "softplus" is the non-saturating loss (2 ln 2 at chance), "hinge" and "hinge_both" the hinge loss (2 at
+            chance; they differ for the student), "lsgan" least squares to 1 and -1 (arXiv:1611.04076; 1 at chance),
+            "relativistic" the softplus of each real logit's lead over a generated one's (arXiv:1807.00734; ln 2 at
+            chance).
 
     Returns:
         A scalar.
@@ -32,7 +33,7 @@ def disc_loss(real: Tensor, fake: Tensor, kind: GanLoss = "softplus") -> Tensor:
     """
     if kind == "softplus":
         return F.softplus(-real).mean() + F.softplus(fake).mean()
-    if kind == "hinge":
+    if kind in ("hinge", "hinge_both"):
         return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
     if kind == "lsgan":
         return 0.5 * ((real - 1).square().mean() + (fake + 1).square().mean())
@@ -46,7 +47,8 @@ def student_loss(fake: Tensor, kind: GanLoss = "softplus", real: Tensor | None =
 
     Args:
         fake: logits of generated samples, any shape.
-        kind: see ``disc_loss``; under "lsgan" the student aims at 1, what the discriminator calls real.
+        kind: see ``disc_loss``. Under "hinge" the student goes on raising its logits, under "hinge_both" it is content
+            with 1; under "lsgan" it aims at 1, what the discriminator calls real.
         real: logits of real samples, the shape of ``fake``; for "relativistic" only.
 
     Raises:
@@ -56,6 +58,8 @@ def student_loss(fake: Tensor, kind: GanLoss = "softplus", real: Tensor | None =
         return F.softplus(-fake).mean()
     if kind == "hinge":
         return -fake.mean()
+    if kind == "hinge_both":
+        return F.relu(1 - fake).mean()
     if kind == "lsgan":
         return 0.5 * (fake - 1).square().mean()
     if kind == "relativistic":
@@ -85,4 +89,4 @@ def _lead(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def _unknown(kind: str) -> ValueError:
-    return ValueError(f"GAN loss must be 'softplus', 'hinge', 'lsgan' or 'relativistic'; got {kind!r}")
+    return ValueError(f"GAN loss must be 'softplus', 'hinge', 'hinge_both', 'lsgan' or 'relativistic'; got {kind!r}")

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from stepdistill.functional.gan import disc_accuracy, disc_loss, student_loss
 
-KINDS = ["softplus", "hinge", "lsgan", "relativistic"]
+KINDS = ["softplus", "hinge", "hinge_both", "lsgan", "relativistic"]
 
 
 def test_losses_at_chance_are_two_log_two_and_two() -> None:
@@ -35,6 +35,8 @@ def test_losses_follow_their_formulas() -> None:
     assert_close(float(disc_loss(r, f, "hinge")), hinge)
     assert_close(float(student_loss(f)), sum(math.log1p(math.exp(-v)) for v in fake) / 2)
     assert_close(float(student_loss(f, "hinge")), -sum(fake) / 2)
+    assert_close(float(disc_loss(r, f, "hinge_both")), hinge)
+    assert_close(float(student_loss(r, "hinge_both")), sum(max(0.0, 1 - v) for v in real) / 3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -99,6 +101,7 @@ P, Q = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([0.1, 0.
         ("relativistic", (P / Q).log()),
         ("lsgan", (P - Q) / (P + Q)),
         ("hinge", (P - Q).sign()),
+        ("hinge_both", (P - Q).sign()),
     ],
 )
 def test_the_best_logits_between_two_laws_are_those_of_the_docstring(kind: str, best: Tensor) -> None:
@@ -108,7 +111,7 @@ def test_the_best_logits_between_two_laws_are_those_of_the_docstring(kind: str, 
         def expected(logits: Tensor) -> Tensor:
             return sum(P[i] * Q[j] * disc_loss(logits[i], logits[j], kind) for i in range(3) for j in range(3))
     else:
-        far = {"softplus": 1e9, "hinge": 1e9, "lsgan": 1.0}[kind]  # where the other half of the loss is nothing
+        far = 1.0 if kind == "lsgan" else 1e9  # where the other half of the loss is nothing
 
         def expected(logits: Tensor) -> Tensor:
             right, wrong = torch.tensor(far), torch.tensor(-far)
@@ -122,7 +125,7 @@ def test_the_best_logits_between_two_laws_are_those_of_the_docstring(kind: str, 
         for _ in range(20):
             moved = best + size * torch.randn(3, generator=generator, dtype=torch.float64)
             assert float(expected(moved)) >= least - 1e-12
-    assert float(expected(best + torch.tensor([0.1, 0.0, 0.0]))) > least + 1e-4 or kind == "hinge"
+    assert float(expected(best + torch.tensor([0.1, 0.0, 0.0]))) > least + 1e-4 or "hinge" in kind
     shifted = float(expected(best + 2))
     assert (abs(shifted - least) < 1e-12) is (kind == "relativistic")
 
@@ -145,5 +148,7 @@ def test_accuracy_is_balanced_over_real_and_fake() -> None:
 
 def test_an_unknown_loss_is_named() -> None:
     for call in (lambda k: disc_loss(torch.ones(1), torch.ones(1), k), lambda k: student_loss(torch.ones(1), k)):
-        with pytest.raises(ValueError, match="'softplus', 'hinge', 'lsgan' or 'relativistic'; got 'wgan'"):
+        with pytest.raises(
+            ValueError, match="'softplus', 'hinge', 'hinge_both', 'lsgan' or 'relativistic'; got 'wgan'"
+        ):
             call("wgan")

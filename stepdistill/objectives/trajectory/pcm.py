@@ -43,8 +43,9 @@ class PCM(Objective):
     """Of the target's running average; None aims at the student as it is."""
     distance: Distance = field(default_factory=ElementHuber)
     """Between the two jumps."""
-    gan: Gan = field(default_factory=lambda: Gan(weight=0.0, loss="hinge", times=Uniform()))
-    """The adversarial term, 0.1 in the paper's code. ``times`` are fractions of the segment, from its lower edge up."""
+    gan: Gan = field(default_factory=lambda: Gan(weight=0.0, loss="hinge_both", times=Uniform()))
+    """The adversarial term, 0.1 in the paper's code, whose hinge stops at 1 for the student, too. ``times`` are
+    fractions of the segment, from its lower edge up."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
