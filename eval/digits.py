@@ -36,6 +36,8 @@ class Arguments:
 
     recipes: tuple[str, ...] = (
         "digits_best@1",
+        "digits_best@2",
+        "digits_best@4",
         "digits_quickstart_1step",
         "digits_quickstart_1step/no-gan",
         "digits_quickstart_4step",
