@@ -134,8 +134,8 @@ def check(recipe: Recipe, opened: Opened) -> None:
         ValueError: naming the field.
     """
     try:
-        torch.zeros(1, device=recipe.run.device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either, by device
+        torch.zeros(1, dtype=torch.float64, device=recipe.run.device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch raises any, by device
         reason = str(error).splitlines()[0]
         raise ValueError(f"run.device {recipe.run.device!r}: cannot be used on this machine ({reason})") from error
     distributed.share(recipe.run.batch)

@@ -49,6 +49,8 @@ class Step:
     rng: Stream
     shared: dict[str, Tensor] = field(default_factory=dict, compare=False)
     """Detached tensors that one turn leaves for the next at the same index and batch, such as the student's sample."""
+    number: int | None = None
+    """Which micro-batch of the run this is; None is the index, where a step has one."""
 
     @classmethod
     def at(
@@ -58,6 +60,7 @@ class Step:
         device: torch.device | str = "cpu",
         shared: dict[str, Tensor] | None = None,
         part: Part = Part(),  # noqa: B008 (immutable)
+        number: int | None = None,
     ) -> Step:
         """A step whose draws depend on ``index`` and ``stream`` (seed, turn, micro-batch) and nothing else.
 
@@ -68,7 +71,7 @@ class Step:
         """
         digest = hashlib.blake2b(struct.pack(f"<{len(stream) + 1}q", index, *stream), digest_size=8).digest()
         rng = Stream(device, part).manual_seed(int.from_bytes(digest, "little", signed=True))
-        return cls(index, rng, {} if shared is None else shared)
+        return cls(index, rng, {} if shared is None else shared, number)
 
     def randn(self, shape: tuple[int, ...]) -> Tensor:
         """Standard normal, (B, ...), float32."""
@@ -76,9 +79,18 @@ class Step:
         return rng.rows(shape[0], lambda n: torch.randn((n, *shape[1:]), generator=rng, device=rng.device))
 
     def rows(self, n: int, chosen: Callable[[int], bool]) -> Tensor:
-        """Which of this process's ``n`` samples are chosen, by their number in the batch of all processes; int64."""
-        first = self.rng.part.index * n
+        """Which of this process's ``n`` samples are chosen, by their number in the run: counted on from batch to batch,
+        over all processes, so that small batches take turns; int64.
+        """
+        part = self.rng.part
+        first = ((self.index if self.number is None else self.number) * part.of + part.index) * n
         return torch.tensor([i for i in range(n) if chosen(first + i)], dtype=torch.long, device=self.rng.device)
+
+    def evaluated(self, rows: Tensor) -> Tensor:
+        """Of chosen rows those that networks are evaluated for: all, or the first sample if this process has none and
+        others may have. A network in shards is evaluated by all processes, or by none; what is too much is dropped.
+        """
+        return rows if len(rows) or self.rng.part.of == 1 else rows.new_zeros(1)
 
     def rand(self, n: int) -> Tensor:
         """Uniform in [0, 1), (n,), float64."""

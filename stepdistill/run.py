@@ -84,7 +84,7 @@ class Run:
     keep_last: int = 2
     """Checkpoints kept."""
     device: str = "cpu"
-    """Where to train: cpu, cuda, cuda:1, mps."""
+    """Where to train: cpu, cuda, cuda:1. Times are float64, which mps has not."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice. Small networks are fastest on one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

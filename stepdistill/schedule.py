@@ -200,8 +200,8 @@ class TrigFlow(Schedule):
         return torch.atan(torch.exp(-logsnr.double() / 2) / self.sigma_data)
 
 
-def _row(kind: Kind, c: Coeffs) -> tuple[Tensor | float, Tensor | float]:
-    """(p, q) such that the prediction is ``p x0 + q eps``."""
+def row(kind: Kind, c: Coeffs) -> tuple[Tensor | float, Tensor | float]:
+    """(p, q) such that a prediction of this kind is ``p x0 + q eps``."""
     if kind == "x0":
         return 1.0, 0.0
     if kind == "eps":
@@ -232,7 +232,7 @@ def convert(pred: Tensor, x_t: Tensor, c: Coeffs, src: Kind, dst: Kind) -> Tenso
     """
     if src == dst:
         return pred
-    (p, q), (r, s) = _row(src, c), _row(dst, c)
+    (p, q), (r, s) = row(src, c), row(dst, c)
     det = p * c.sigma - q * c.alpha
     # dst = r x0 + s eps with x0 = (sigma pred - q x_t) / det and eps = (p x_t - alpha pred) / det
     return ((r * c.sigma - s * c.alpha) / det) * pred + ((s * p - r * q) / det) * x_t

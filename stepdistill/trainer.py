@@ -137,7 +137,8 @@ class Trainer:
             terms: dict[str, Tensor] = {}  # means over micro-batches; "loss" is the sum of the turn's losses
             with only_trains(self.nets, turn.moves) as params:  # everyone else is a fixed function
                 for micro, (batch, shared) in enumerate(micro_batches):
-                    step = Step.at(index, seed, k, micro, device=device, shared=shared, part=self.part)
+                    number = index * parts + micro
+                    step = Step.at(index, seed, k, micro, device=device, shared=shared, part=self.part, number=number)
                     for loss_of in turn.losses:  # one graph alive at a time
                         loss = loss_of(self.nets, batch, step)
                         (loss.total / (parts / scale)).backward()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from stepdistill import distributed
 from stepdistill.build import build
 from stepdistill.data import DigitsData
+from stepdistill.functional.distances import L2
 from stepdistill.objective import Objective
 from stepdistill.objectives import DMD2, PCM, DiffusionGAN, FDistill, MeanFlow, TwinFlow
 from stepdistill.parts.gan import Gan
@@ -26,8 +27,8 @@ STEPS = 3
 LORA = Weights("lora", rank=4, targets=("conv1", "conv2", "time_emb_proj"))
 
 
-def recipe(objective: Objective, sampler: Sampler | None = None, **fields: object) -> Recipe:
-    """Three steps on digits in batches of eight."""
+def recipe(objective: Objective, sampler: Sampler | None = None, batch: int = 8, **fields: object) -> Recipe:
+    """Three steps on digits in batches of eight, or of another size."""
     movers = {name for turn in objective.turns() for name in turn.moves}
     return Recipe(
         teacher=fields.pop("teacher", Teacher("bundled:digits")),
@@ -35,7 +36,7 @@ def recipe(objective: Objective, sampler: Sampler | None = None, **fields: objec
         data=DigitsData(),
         optim=dict.fromkeys(movers, AdamW(1e-4, eps=1e-6)),  # at 1e-8 rounding decides where small gradients go
         sampler=sampler or Sampler(trailing(1)),
-        run=Run(steps=STEPS, batch=8),
+        run=Run(steps=STEPS, batch=batch),
         **fields,
     )
 
@@ -49,10 +50,20 @@ RECIPES = {
     "other tasks for some": recipe(MeanFlow(velocity="teacher", unequal=0.25), Sampler(trailing(2))),
     # of a student that starts as its teacher residuals are rounding, which a small c would make a direction of
     "four tasks": recipe(TwinFlow(velocity="teacher", guidance=0.0, delta=0.1, c=0.3), Sampler(trailing(2))),
+    # one sample each: whoever has none of a kind evaluates the network for it all the same
+    "other tasks, a sample each": recipe(
+        MeanFlow(velocity="teacher", unequal=0.5, distance=L2()), Sampler(trailing(2)), batch=2
+    ),
+    "four tasks, a sample each": recipe(
+        TwinFlow(velocity="teacher", guidance=0.0, delta=0.1, c=0.3), Sampler(trailing(2)), batch=2
+    ),
     "running means": recipe(FDistill(base=DMD2(student_every=2, gan=Gan(weight=0.1, times=DMD2().times)))),
     "chain": recipe(DiffusionGAN(every=1)),
 }
-SHARDED = ("dmd2", "shared backbone", "two times, by forward derivatives")
+SHARDED = (
+    "dmd2", "shared backbone", "two times, by forward derivatives", "other tasks, a sample each",
+    "four tasks, a sample each",
+)  # fmt: skip
 
 
 def train(names: Sequence[str], placement: Placement, accumulate: int = 1) -> dict[str, tuple[list, dict]]:

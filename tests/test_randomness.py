@@ -57,3 +57,26 @@ def test_strata_are_those_of_the_whole_batch() -> None:
     """One draw in each of eight cells, though each process draws two."""
     found = torch.cat([Step.at(0, part=Part(i, 4, 2)).stratified(2) for i in range(4)])
     assert (found * 8).long().sort().values.tolist() == [*range(8)]
+
+
+def test_rows_are_chosen_by_a_samples_number_in_the_run() -> None:
+    """Every third of 24, whether in batches of 12, 6 or 2, on one process or two, as micro-batches or not."""
+    chosen = []
+    for batch, parts in ((12, 1), (6, 1), (2, 1), (6, 2), (2, 2)):
+        n, found = batch // parts, []
+        for number in range(24 // batch):
+            for i in range(parts):
+                step = Step.at(number, part=Part(i, parts, n))
+                of_micro = Step.at(number // 2, part=Part(i, parts, n), number=number)
+                mine = step.rows(n, lambda g: g % 3 == 1)
+                assert torch.equal(mine, of_micro.rows(n, lambda g: g % 3 == 1))
+                found += [number * batch + i * n + int(k) for k in mine]
+        chosen.append(found)
+    assert all(found == [*range(1, 24, 3)] for found in chosen)
+
+
+def test_who_has_no_row_evaluates_the_first_where_others_may_have_some() -> None:
+    none, some = torch.zeros(0, dtype=torch.long), torch.tensor([1, 2])
+    assert Step.at(0).evaluated(none).tolist() == []
+    assert Step.at(0, part=Part(0, 2, 4)).evaluated(none).tolist() == [0]
+    assert all(Step.at(0, part=Part(0, of, 4)).evaluated(some).tolist() == [1, 2] for of in (1, 2))

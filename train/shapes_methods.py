@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from stepdistill.data import Data, DigitsData, Labels, ShapesData, ShapesPrompts, TeacherPairs
 from stepdistill.objective import registered
-from stepdistill.objectives import VSD
+from stepdistill.objectives import SNOOPI, VSD
 from stepdistill.recipe import Evaluation, Recipe
 from stepdistill.recipes import find
 from stepdistill.sampling import DpmPP2M, Sampler, trailing
@@ -31,6 +31,8 @@ def _on_shapes(recipe: Recipe, teacher: str) -> Recipe:
     objective = recipe.objective
     if isinstance(objective, VSD):
         objective = replace(objective, null_rate=VSD().null_rate)  # a guided critic must know the null condition
+    if isinstance(objective, SNOOPI):
+        objective = replace(objective, guidance=SNOOPI().guidance)  # around this teacher's
     return replace(
         recipe,
         teacher=replace(recipe.teacher, source=f"bundled:{teacher}", guidance=GUIDANCE if fixed else 1.0),

@@ -39,7 +39,7 @@ class Bench:
     teacher_steps: tuple[int, ...] = ()
     """Step counts of the teacher; by default the suite's, or as in the first run's recipe, or 1 2 4 8 50."""
     device: str | None = None
-    """Where to sample: cpu, cuda, cuda:1, mps; by default the suite's, or cpu."""
+    """Where to sample: cpu, cuda, cuda:1; by default the suite's, or cpu."""
     jobs: int = 1
     """Processes to measure with. Times are taken afterwards, by one alone."""
     out: Path | None = None

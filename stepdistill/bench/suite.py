@@ -71,7 +71,7 @@ class Suite:
     judge_files: tuple[str, ...] = ()
     """Files that decide what ``judge`` says (weights, reference statistics, prompts): a change measures anew."""
     device: str = "cpu"
-    """Where to sample: cpu, cuda, cuda:1, mps."""
+    """Where to sample: cpu, cuda, cuda:1."""
 
     def __post_init__(self) -> None:
         """Check what needs no disk."""

@@ -107,7 +107,10 @@ def with_null(cond: Cond, null: Cond, dropped: Tensor) -> Cond:
         ValueError: if there is no null condition.
     """
     if not null:
-        raise ValueError("conditions cannot be dropped: this teacher has no null condition; set null_rate to 0")
+        raise ValueError(
+            "conditions cannot be dropped: this teacher has no null condition; set the share that is dropped to 0 "
+            "(null_rate, critic_null_rate or drop)"
+        )
     scale = {k: v for k, v in cond.items() if k == "guidance"}
     rest = unscaled(cond)
     nulls = null_like(null, rest)
@@ -217,7 +220,7 @@ class Guided(nn.Module):
             return predict(x_t, t, {**cond, "guidance": scale.to(x_t)}, want=want)
         cond = unscaled(cond)
         if not cond or not self.null:
-            raise ValueError(f"guidance {self.scale} without conditions would compare the network with itself")
+            raise ValueError("guidance needs conditions and a null one: the network would be compared with itself")
         return guided_prediction(predict, self.null, scale, x_t, t, cond, want=want)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond, *, want: Kind = "x0") -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from stepdistill.models.denoiser import Cond, Denoiser
 from stepdistill.objective import Step
 from stepdistill.parts.times import Times
-from stepdistill.schedule import convert
+from stepdistill.schedule import row
 
 
 def denoising_loss(net: Denoiser, x0: Tensor, cond: Cond, times: Times, step: Step) -> Tensor:
@@ -26,6 +26,6 @@ def denoising_loss(net: Denoiser, x0: Tensor, cond: Cond, times: Times, step: St
     x0 = x0.detach()
     t, eps = times(net.schedule, len(x0), step), step.randn(x0.shape)
     c = net.schedule.coeffs(t, x0)
-    x_t = c.alpha * x0 + c.sigma * eps
-    target = eps if net.kind == "eps" else convert(x0, x_t, c, "x0", net.kind)
-    return (net(x_t, t, cond, want=net.kind) - target).square().mean()
+    of_x0, of_eps = row(net.kind, c)
+    target = of_x0 * x0 + of_eps * eps
+    return (net(c.alpha * x0 + c.sigma * eps, t, cond, want=net.kind) - target).square().mean()

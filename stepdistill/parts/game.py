@@ -10,6 +10,7 @@ from stepdistill.models.denoiser import Cond
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Step
 from stepdistill.parts.critic import denoising_loss
+from stepdistill.parts.gan import Gan
 from stepdistill.parts.rollout import Rollout
 from stepdistill.parts.times import Times, renoise
 from stepdistill.schedule import Kind, Schedule
@@ -47,6 +48,20 @@ def student_samples(rollout: Rollout, nets: Nets, batch: Batch, step: Step) -> T
 def fitted_critic(rollout: Rollout, times: Times, nets: Nets, batch: Batch, step: Step) -> Loss:
     """The critic's loss: denoise the student's samples under their own conditions, at noise levels from ``times``."""
     return Loss(denoising_loss(nets.critic, student_samples(rollout, nets, batch, step), batch.cond, times, step))
+
+
+def look_real(rollout: Rollout, gan: Gan, nets: Nets, batch: Batch, step: Step) -> Loss:
+    """The student's loss where there is no other: its samples are to be taken for real."""
+    x0 = new_samples(rollout, nets, batch, step)
+    adv = gan.student_term(nets.disc, nets.teacher.schedule, x0, batch.cond, step, real=batch.x0)
+    return Loss(gan.weight * adv)
+
+
+def fitted_disc(rollout: Rollout, gan: Gan, nets: Nets, batch: Batch, step: Step) -> Loss:
+    """The discriminator's loss: tell the student's samples from real ones of the same conditions."""
+    fake = student_samples(rollout, nets, batch, step)
+    loss, accuracy = gan.disc_term(nets.disc, nets.teacher.schedule, batch.x0, fake, batch.cond, step)
+    return Loss(loss, disc_accuracy=accuracy)
 
 
 class Judged(NamedTuple):

@@ -28,7 +28,7 @@ class Gan:
     r1: float = 0.0
     """Weight of the approximate R1 penalty, the change of the logits under a small perturbation of real samples."""
     r1_noise: float = 0.1
-    """Its standard deviation, in units of the data."""
+    """Its standard deviation, in units of the noised samples."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -37,6 +37,16 @@ class Gan:
                 f"gan.weight and gan.r1 must be at least 0 and gan.r1_noise above 0; got {self.weight}, {self.r1}, "
                 f"{self.r1_noise}"
             )
+
+    @property
+    def on(self) -> bool:
+        """Whether there is a discriminator."""
+        return self.weight > 0
+
+    @property
+    def data(self) -> frozenset[str]:
+        """What it asks of the data: real samples."""
+        return frozenset({"x0"}) if self.on else frozenset()
 
     def alone(self) -> None:
         """Refuse a weight of 0 where there is no other loss.

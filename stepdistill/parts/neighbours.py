@@ -1,4 +1,4 @@
-"""Neighbours on trajectories: what consistency methods without a solver compare, and the samplers they serve."""
+"""Neighbours on trajectories: what consistency methods compare, and the samplers they serve."""
 
 from __future__ import annotations
 
@@ -6,10 +6,35 @@ import torch
 from torch import Tensor
 
 from stepdistill.models.denoiser import Cond, Predictor
-from stepdistill.objective import Step
+from stepdistill.models.nets import Nets
+from stepdistill.objective import Batch, Step
+from stepdistill.parts.segments import two_jumps
 from stepdistill.parts.times import OnGrid, Times
-from stepdistill.sampling import Renoise, Sampler
+from stepdistill.sampling import Move, Renoise, Sampler, StepRule
 from stepdistill.student import Student
+
+
+def on_ode(nets: Nets, target: Predictor, solver: StepRule, batch: Batch, step: Step, n: int) -> tuple[Tensor, Tensor]:
+    """Clean estimates at neighbours on the teacher's ODE: the batch's samples noised to a random point of an even grid,
+    and one solver step further down.
+
+    Args:
+        nets: the student and the teacher.
+        target: asked at the lower point; may be the student itself.
+        solver: one step of the teacher's ODE.
+        batch: real samples and their conditions.
+        step: source of randomness.
+        n: intervals of the grid over the whole range.
+
+    Returns:
+        Two estimates (B, ...): the student's with a graph, the target's without, which at t = 0 is the state itself.
+    """
+    schedule, eps = nets.student.schedule, step.randn(batch.shape)
+    i = step.integers(n, len(batch)) + 1
+    t, s = (i.double() / n) * schedule.t_max, ((i - 1).double() / n) * schedule.t_max
+
+    x_t = schedule.add_noise(batch.x0, eps, t)
+    return two_jumps(nets, target, solver, x_t, Move(t, s, batch.cond, step.rng), torch.zeros_like(t))
 
 
 def same_noise(
@@ -64,3 +89,30 @@ def refuse_jumps(method: str, sampler: Sampler) -> None:
     """
     if sampler.steps > 1 and not isinstance(sampler.rule, Renoise):
         raise ValueError(f"sampler.rule {sampler.rule}: {method}'s student jumps to the data only; use Renoise()")
+
+
+def refuse_off_grid(field: str, n: int, sampler: Sampler) -> None:
+    """A student knows the points of an even grid of ``n`` intervals, which ``field`` holds.
+
+    Raises:
+        ValueError: if the sampler calls it elsewhere.
+    """
+    off = [t for t in sampler.times if abs(t * n - round(t * n)) > 1e-9]
+    if off:
+        raise ValueError(
+            f"sampler.times {off[0]:g} is no point of the grid of {n} intervals; "
+            f"let {field} be a multiple of the sampler's {sampler.steps} steps"
+        )
+
+
+def refuse_crowded(start: int, sampler: Sampler) -> None:
+    """The sampler's times are ends of intervals from the first step on, when there are ``start`` of them.
+
+    Raises:
+        ValueError: if there are more times than that.
+    """
+    if sampler.steps > start:
+        raise ValueError(
+            f"objective.intervals.start {start} leaves no room for the sampler's {sampler.steps} times; let it be at "
+            "least as many"
+        )

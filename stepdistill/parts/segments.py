@@ -97,7 +97,7 @@ class Boundaries:
 def two_jumps(
     nets: Nets, target: Predictor, solver: StepRule, x_t: Tensor, move: Move, end: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The student's jump to ``end``, and its target's to the same end from one solver step of the teacher further down.
+    """The student's jump to ``end``, and its target's to the same end from one solver step of the teacher nearer to it.
 
     Args:
         nets: the student and the teacher.
@@ -105,7 +105,7 @@ def two_jumps(
         solver: one step of the teacher's ODE.
         x_t: states at ``move.t``, (B, ...).
         move: the solver's step.
-        end: where both jumps end, (B,), never above ``move.s``.
+        end: where both jumps end, (B,): at ``move.s``, or beyond it in the direction of the move.
 
     Returns:
         Two states at ``end``, (B, ...): the student's with a graph, the target's without.

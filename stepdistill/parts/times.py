@@ -108,6 +108,11 @@ class OnGrid(Times):
 
     times: tuple[float, ...] = (1.0,)
 
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if not self.times or not all(0 <= t <= 1 for t in self.times):
+            raise ValueError(f"times must be fractions of t_max, within [0, 1]; got {list(self.times)}")
+
     def fractions(self, schedule: Schedule, n: int, step: Step) -> Tensor:
         """See ``Times``."""
         grid = torch.tensor(self.times, dtype=torch.float64, device=step.rng.device)

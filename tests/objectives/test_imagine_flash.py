@@ -201,6 +201,9 @@ def test_bad_input_is_named() -> None:
         ImagineFlash(gamma=(0.1, 0.8), noise="own")
     with pytest.raises(ValueError, match=r"objective\.teacher_steps must be at least 1; got 0"):
         ImagineFlash(teacher_steps=0)
+    with pytest.raises(ValueError, match="is no single step of the teacher's ODE"):
+        ImagineFlash(solver=Renoise())
+    ImagineFlash(teacher_steps=4, solver=DpmPP2M())  # whose memory is of the steps of one refinement
     recipe = find("digits_imagine_flash")
     assert isinstance(recipe.data, Labels)
     with pytest.raises(ValueError, match="needs data with"):

@@ -163,6 +163,19 @@ def test_the_loss_equals_a_loop_over_samples(velocity: str, kappa: float) -> Non
     assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 6])
+def test_of_small_batches_too_the_stated_share_heads_elsewhere(n: int) -> None:
+    nets, _ = labelled(3)
+    apart = sum(len(MeanFlow().draw(nets.student, n, Step.at(index))[2]) for index in range(4))
+    assert apart == n  # a quarter of four batches
+
+
+def test_mixing_needs_conditions() -> None:
+    nets, batch = labelled(3)
+    with pytest.raises(ValueError, match="omega and kappa need conditions and a null one; leave them 1 and 0"):
+        MeanFlow(omega=2.0, drop=0.0).student_loss(nets, Batch({}, batch.shape, x0=batch.x0), Step.at(0))
+
+
 def test_gradients_flow_through_the_prediction_alone() -> None:
     nets, batch = labelled(3)
     objective = MeanFlow(unequal=1.0, distance=L2(), omega=0.8, kappa=0.1)

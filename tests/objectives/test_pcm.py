@@ -198,7 +198,8 @@ def test_without_a_weight_there_is_no_discriminator() -> None:
     ("bad", "said"),
     [
         (lambda: PCM(target_decay=1.0), r"target_decay must lie in \[0, 1\)"),
-        (lambda: PCM(gan=Gan(r1=1.0)), "sees no real data; use 0"),
+        (lambda: PCM(gan=Gan(r1=1.0)), "sees no real data: objective.gan.r1 must be 0"),
+        (lambda: PCM(gan=Gan(loss="relativistic")), "not 'relativistic'; got 0.0 and 'relativistic'"),
         (lambda: PCM().check(Sampler(trailing(2), Ddim())), "are not the upper edges of 4 segments"),
         (lambda: PCM().check(Sampler(trailing(4), Tcd(0.3))), "leaves the edges"),
         (lambda: PCM().check(Sampler(trailing(4), Renoise())), "leaves the edges"),

@@ -64,6 +64,13 @@ def test_teacher_and_critic_share_one_scale_of_the_range_whatever_the_teachers_o
     assert sum(scales) / 60 == pytest.approx(3.5, abs=0.35)  # three standard errors of a uniform law
 
 
+def test_a_teacher_that_is_told_its_scale_is_refused() -> None:
+    nets = linear_nets(Guided(classes(), 1.0, told=True), CLASSES[0], COV)
+    nets["critic"] = WRONG
+    with pytest.raises(ValueError, match="this teacher is told its scale; use vsd"):
+        SNOOPI().student_loss(nets, Batch(labels(8, 0), (8, 2)), Step.at(0))
+
+
 def test_each_sample_may_have_its_own() -> None:
     of_teacher, of_critic = watched(SNOOPI(per_sample=True), 0)
     assert torch.equal(of_teacher, of_critic) and len(set(of_teacher.tolist())) == 8

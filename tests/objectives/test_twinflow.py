@@ -110,7 +110,7 @@ def test_the_loss_and_its_gradient_equal_a_loop_over_samples(velocity: str) -> N
         cells = torch.randperm(n, generator=step.rng)
         return (cells + step.rand(n)) / n
 
-    kind = [3, 0, 1, 2, 3, 0, 1, 2]  # from the step's index on
+    kind = [0, 1, 2, 3, 0, 1, 2, 3]  # sample 24 of the run and those behind it
     times = stratified()
     share = step.rand(n)
     level = stratified()
@@ -179,7 +179,7 @@ def test_batches_of_less_than_four_have_all_kinds_in_turn(n: int) -> None:
         loss = TwinFlow().student_loss(nets, small, Step.at(index))
         loss.total.backward()
         assert loss.total.isfinite()
-        rectified += "rectify" in loss.terms
+        rectified += bool(loss.terms["rectify"] > 0)
     assert rectified == min(n, 4)
     assert any(bool(below.any()) for below in asked)  # negative times are trained
 

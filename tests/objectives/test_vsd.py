@@ -142,7 +142,7 @@ def test_dropping_without_a_null_condition_is_refused() -> None:
     nets = linear_nets(guided(classes()), NULL_MEAN, COV)
     nets.student.float()
     nets.teacher.null = {}
-    with pytest.raises(ValueError, match="this teacher has no null condition; set null_rate to 0"):
+    with pytest.raises(ValueError, match="this teacher has no null condition; set the share that is dropped to 0"):
         VSD().critic_loss(nets, Batch(labels(4, 1), (4, 2)), Step.at(0))
 
 

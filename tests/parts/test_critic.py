@@ -40,6 +40,21 @@ class Silent(nn.Module):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("schedule", PATHS, ids=NAMES)
+@pytest.mark.parametrize("time", [0.0, 1e-6])
+def test_close_to_the_data_the_target_keeps_its_digits(schedule: Schedule, kind: Kind, time: float) -> None:
+    x0 = torch.randn(64, 3)
+    times, draws = OnGrid((time,)), Step.at(4)
+    loss = denoising_loss(Denoiser(Silent(), schedule, kind), x0, {}, times, draws)
+    twin = Step.at(4)
+    c = schedule.coeffs(times(schedule, 64, twin), x0.double())
+    eps, x0 = twin.randn((64, 3)).double(), x0.double()
+    rows = {"x0": (1.0, 0.0), "eps": (0.0, 1.0), "v": (-c.sigma, c.alpha), "velocity": (c.dalpha, c.dsigma)}
+    p, q = rows[kind]
+    assert_close(loss, (p * x0 + q * eps).square().mean().float(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("schedule", PATHS, ids=NAMES)
 def test_the_target_is_the_drawn_pair_in_the_networks_kind(schedule: Schedule, kind: Kind) -> None:
     x0 = torch.randn(5, 3)
     net = Silent()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
-from stepdistill.parts.game import new_samples, student_samples
+from stepdistill.parts.game import fitted_disc, look_real
 from stepdistill.parts.gan import Gan
 from stepdistill.parts.rollout import FromData, Rollout, refuse_one_step
 from stepdistill.parts.times import LogitNormal
@@ -48,12 +48,8 @@ class LADD(Objective):
 
     def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
         """Look real."""
-        x0 = new_samples(self.rollout, nets, batch, step)
-        adv = self.gan.student_term(nets.disc, nets.teacher.schedule, x0, batch.cond, step, real=batch.x0)
-        return Loss(self.gan.weight * adv)
+        return look_real(self.rollout, self.gan, nets, batch, step)
 
     def disc_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
-        """Tell the student's samples from real ones of the same conditions."""
-        fake = student_samples(self.rollout, nets, batch, step)
-        loss, accuracy = self.gan.disc_term(nets.disc, nets.teacher.schedule, batch.x0, fake, batch.cond, step)
-        return Loss(loss, disc_accuracy=accuracy)
+        """Tell the student's samples from real ones."""
+        return fitted_disc(self.rollout, self.gan, nets, batch, step)

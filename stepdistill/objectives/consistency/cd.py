@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
-
 from stepdistill.functional.distances import L2, Distance
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
 from stepdistill.parts.discretisation import Doubling
-from stepdistill.parts.neighbours import refuse_jumps
-from stepdistill.parts.segments import two_jumps
-from stepdistill.sampling import Ddim, Move, Sampler, StepRule, refuse_solver
+from stepdistill.parts.neighbours import on_ode, refuse_jumps, refuse_off_grid
+from stepdistill.parts.target import averages_of, check_decay, target_of
+from stepdistill.sampling import Ddim, Sampler, StepRule, refuse_solver
 
 
 @register("cd", family="consistency", paper="2303.01469")
@@ -41,20 +39,13 @@ class CD(Objective):
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if not 0 <= self.target_decay < 1:
-            raise ValueError(f"objective.target_decay must lie in [0, 1); got {self.target_decay}")
+        check_decay(self.target_decay)
 
     def check(self, sampler: Sampler) -> None:
         """The student is called at points of the grid that it was trained on."""
         refuse_solver(self.solver)
         refuse_jumps("CD", sampler)
-        n = self.intervals.end
-        off = [t for t in sampler.times if abs(t * n - round(t * n)) > 1e-9]
-        if off:
-            raise ValueError(
-                f"sampler.times {off[0]:g} is no point of the grid of {n} intervals; "
-                f"let objective.intervals.end be a multiple of the sampler's {sampler.steps} steps"
-            )
+        refuse_off_grid("objective.intervals.end", self.intervals.end, sampler)
 
     def turns(self) -> tuple[Turn, ...]:
         """One update of the student."""
@@ -62,16 +53,10 @@ class CD(Objective):
 
     def averages(self) -> Mapping[str, float]:
         """The target network."""
-        return {"target": self.target_decay}
+        return averages_of(self.target_decay)
 
     def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
         """Agreement of neighbours on the teacher's ODE."""
-        schedule, n = nets.student.schedule, self.intervals.at(step.index)
-        eps = step.randn(batch.shape)
-        i = step.integers(n, len(batch)) + 1
-        t, s = (i.double() / n) * schedule.t_max, ((i - 1).double() / n) * schedule.t_max
-
-        x_t = schedule.add_noise(batch.x0, eps, t)
-        move = Move(t, s, batch.cond, step.rng)
-        x0, aim = two_jumps(nets, nets.target, self.solver, x_t, move, torch.zeros_like(t))
+        target = target_of(nets, self.target_decay)
+        x0, aim = on_ode(nets, target, self.solver, batch, step, self.intervals.at(step.index))
         return Loss(self.distance(x0, aim).mean())

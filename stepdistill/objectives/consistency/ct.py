@@ -9,7 +9,8 @@ from stepdistill.functional.distances import L2, Distance
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
 from stepdistill.parts.discretisation import Doubling, Karras, Spacing
-from stepdistill.parts.neighbours import refuse_jumps, same_noise
+from stepdistill.parts.neighbours import refuse_crowded, refuse_jumps, same_noise
+from stepdistill.parts.target import averages_of, check_decay
 from stepdistill.sampling import Sampler
 
 
@@ -41,17 +42,12 @@ class CT(Objective):
 
     def __post_init__(self) -> None:
         """Check the range."""
-        if not 0 <= self.target_decay < 1:
-            raise ValueError(f"objective.target_decay must lie in [0, 1); got {self.target_decay}")
+        check_decay(self.target_decay)
 
     def check(self, sampler: Sampler) -> None:
         """The student's times are ends of the intervals from the first step on, and it adds noise between them."""
         refuse_jumps("CT", sampler)
-        if sampler.steps > self.intervals.start:
-            raise ValueError(
-                f"objective.intervals.start {self.intervals.start} leaves no room for the sampler's {sampler.steps} "
-                "times; let it be at least as many"
-            )
+        refuse_crowded(self.intervals.start, sampler)
 
     def turns(self) -> tuple[Turn, ...]:
         """One update of the student."""
@@ -59,7 +55,7 @@ class CT(Objective):
 
     def averages(self) -> Mapping[str, float]:
         """The target network."""
-        return {"target": self.target_decay}
+        return averages_of(self.target_decay)
 
     def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
         """Agreement of neighbours that share one noise."""

@@ -11,7 +11,7 @@ from stepdistill.functional.distances import Distance, Huber
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
 from stepdistill.parts.discretisation import Doubling, Karras
-from stepdistill.parts.neighbours import refuse_jumps, same_noise
+from stepdistill.parts.neighbours import refuse_crowded, refuse_jumps, same_noise
 from stepdistill.parts.times import LogNormal
 from stepdistill.sampling import Sampler
 
@@ -47,11 +47,7 @@ class ICT(Objective):
         refuse_jumps("iCT", sampler)
         if self.intervals.start < 2:
             raise ValueError(f"objective.intervals.start must be at least 2; got {self.intervals.start}")
-        if sampler.steps > self.intervals.start:
-            raise ValueError(
-                f"objective.intervals.start {self.intervals.start} leaves no room for the sampler's {sampler.steps} "
-                "times; let it be at least as many"
-            )
+        refuse_crowded(self.intervals.start, sampler)
 
     def turns(self) -> tuple[Turn, ...]:
         """One update of the student."""

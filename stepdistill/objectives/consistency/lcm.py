@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
-
 from stepdistill.functional.distances import Distance, ElementHuber
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
-from stepdistill.parts.segments import two_jumps
-from stepdistill.sampling import Ddim, Move, Renoise, Sampler, StepRule, refuse_solver
+from stepdistill.parts.neighbours import on_ode, refuse_jumps, refuse_off_grid
+from stepdistill.parts.target import averages_of, check_decay, target_of
+from stepdistill.sampling import Ddim, Sampler, StepRule, refuse_solver
 
 
 @register("lcm", family="consistency", paper="2310.04378")
@@ -51,20 +50,13 @@ class LCM(Objective):
         """Check ranges."""
         if self.intervals < 1:
             raise ValueError(f"objective.intervals must be at least 1; got {self.intervals}")
-        if self.target_decay is not None and not 0 <= self.target_decay < 1:
-            raise ValueError(f"objective.target_decay must lie in [0, 1), or be none; got {self.target_decay}")
+        check_decay(self.target_decay)
 
     def check(self, sampler: Sampler) -> None:
         """The student ends at the data, from points of its grid; whoever goes on from there adds noise."""
         refuse_solver(self.solver)
-        off = [t for t in sampler.times if abs(t * self.intervals - round(t * self.intervals)) > 1e-9]
-        if off:
-            raise ValueError(
-                f"sampler.times {off[0]:g} is no point of the grid of {self.intervals} intervals; "
-                f"let objective.intervals be a multiple of the sampler's {sampler.steps} steps"
-            )
-        if sampler.steps > 1 and not isinstance(sampler.rule, Renoise):
-            raise ValueError(f"sampler.rule {sampler.rule}: LCM's student jumps to the data only; use Renoise()")
+        refuse_off_grid("objective.intervals", self.intervals, sampler)
+        refuse_jumps("LCM", sampler)
 
     def turns(self) -> tuple[Turn, ...]:
         """One update of the student."""
@@ -72,17 +64,10 @@ class LCM(Objective):
 
     def averages(self) -> Mapping[str, float]:
         """The target network, where there is one."""
-        return {} if self.target_decay is None else {"target": self.target_decay}
+        return averages_of(self.target_decay)
 
     def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
         """Agreement of neighbours on the guided teacher's ODE."""
-        schedule, n = nets.student.schedule, self.intervals
-        eps = step.randn(batch.shape)
-        i = step.integers(n, len(batch)) + 1
-        t, s = (i.double() / n) * schedule.t_max, ((i - 1).double() / n) * schedule.t_max
-
-        x_t = schedule.add_noise(batch.x0, eps, t)
-        target = nets.student if self.target_decay is None else nets.target
-        move = Move(t, s, batch.cond, step.rng)
-        x0, aim = two_jumps(nets, target, self.solver, x_t, move, torch.zeros_like(t))
+        target = target_of(nets, self.target_decay)
+        x0, aim = on_ode(nets, target, self.solver, batch, step, self.intervals)
         return Loss(self.distance(x0, aim).mean())

@@ -48,7 +48,7 @@ class MeanFlow(Objective):
     kappa: float = 0.0
     """Share of the student's conditional prediction in it."""
     mix_until: float = 1.0
-    """Latest time at which velocities are mixed."""
+    """Latest time at which velocities are mixed, on the straight path."""
     drop: float = 0.1
     """Share of conditions that are dropped where velocities are mixed; these samples keep v as it is."""
     tangent: Tangent = field(default_factory=Jvp)
@@ -95,8 +95,7 @@ class MeanFlow(Objective):
         # a little off both ends, where another path's derivatives would be lost
         t = on_straight(schedule, high).clamp(CLOSEST, start_time(schedule) - 1e-6)
         s = torch.minimum(on_straight(schedule, edge), t)
-        # as many of any few in a row, so that all processes have theirs
-        apart = step.rows(n, lambda number: round(number * self.unequal, 9) % 1 < self.unequal)
+        apart = step.rows(n, lambda number: round(number * self.unequal, 9) % 1 < self.unequal)  # evenly spread
         return t, t.index_copy(0, apart, s[apart]), apart
 
     def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
@@ -116,26 +115,28 @@ class MeanFlow(Objective):
                 plain = dropped | (t > self.mix_until)
                 v = torch.where(_like(plain, v), v, self.mixed(nets, v, x_t, t, cond))
         target = v.clone()
-        if len(apart):
-            part, heading, along = of_samples(cond, apart), s[apart], v[apart]
+        if len(rows := step.evaluated(apart)):
+            part, heading, along = of_samples(cond, rows), s[rows], v[rows]
 
             def average(x: Tensor, t: Tensor) -> Tensor:
                 return u(x, t, part, want="velocity", s=heading)
 
             # differences look neither below s nor beyond the start: shorter, or further back along the trajectory
-            gap, reach = t[apart] - heading, self.tangent.reach
+            gap, reach = t[rows] - heading, self.tangent.reach
             length = gap.clamp_min(max(2 * reach, 1e-9))
             share = gap / length
-            back = (t[apart] + share * reach - start_time(nets.student.schedule) + 1e-6).clamp_min(0)
-            at = x_t[apart] - _like(back, v) * along, t[apart] - back
+            back = (t[rows] + share * reach - start_time(nets.student.schedule) + 1e-6).clamp_min(0)
+            at = x_t[rows] - _like(back, v) * along, t[rows] - back
             slope = self.tangent(average, at, (_like(share, v) * along, share))
             warm = min(1.0, (step.index + 1) / max(self.tangent_warmup, 1))
-            target[apart] -= warm * _like(length, v) * slope
+            target[apart] -= (warm * _like(length, v) * slope)[: len(apart)]
         return Loss(self.distance(u(x_t, t, cond, want="velocity", s=s), target).mean())
 
     def mixed(self, nets: Nets, v: Tensor, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The guided velocity, (B, ...)."""
         u = straight(nets.student)
+        if not unscaled(cond) or not nets.teacher.null:
+            raise ValueError("objective.omega and kappa need conditions and a null one; leave them 1 and 0")
         null = null_like(nets.teacher.null, unscaled(cond))
         v = self.omega * v + (1 - self.omega - self.kappa) * u(x_t, t, null, want="velocity", s=t)
         return v + self.kappa * u(x_t, t, cond, want="velocity", s=t) if self.kappa else v

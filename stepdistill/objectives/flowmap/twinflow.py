@@ -25,9 +25,8 @@ class TwinFlow(Objective):
     """Move the average velocity F from t to s onto what a short step along the flow and a walk of its running average
     make of it (RCGM), and one-step samples along the gap between the fake flow F(-t, -t) and the real one (sec. 3).
 
-    Of every four samples one heads from noise to data, the next two a little and any way down, and the
-    fourth is the student's own, whose plain flow is learned at negative times: the student is its own
-    critic, as MDT's is, but is taught to be one. Unlike MeanFlow it takes no derivative.
+    Of every four samples one heads from noise to data, the next two a little and any way down; the fourth is its own,
+    whose plain flow it learns at negative times: a critic within, as MDT's, but taught. There is no derivative.
     """
 
     needs = frozenset({"student", "teacher"})
@@ -82,45 +81,46 @@ class TwinFlow(Objective):
         return {"target": self.target_decay}
 
     def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
-        """All in one evaluation, then the rectification of one in four; the smallest batches have them in turn."""
+        """All in one evaluation, then the rectification of one in four."""
         f, schedule, n = straight(nets.student), nets.student.schedule, len(batch)
-        ways, near, _, own = (step.rows(n, lambda g, k=k: (g + step.index) % 4 == k) for k in range(4))
-        live = step.rows(n, lambda g: (g + step.index) % 4 != 3)
+        ways, near, _, own = (step.rows(n, lambda g, k=k: g % 4 == k) for k in range(4))
+        live = step.rows(n, lambda g: g % 4 != 3)
         top = start_time(schedule)
-        eps, noise, again = step.randn(batch.shape), step.randn(batch.shape), step.randn(batch.shape)
-        inner, share, level = self.times(schedule, n, step), step.rand(n), self.times(schedule, n, step)
+        eps, noise, again = (step.randn(batch.shape) for _ in range(3))
+        t, share = on_straight(schedule, self.times(schedule, n, step)).clamp_min(CLOSEST), step.rand(n)
+        level = on_straight(schedule, self.times(schedule, n, step)).clamp_min(CLOSEST)
 
-        level = on_straight(schedule, level).clamp_min(CLOSEST)
         share[near] *= self.near
-        t = on_straight(schedule, inner).clamp_min(CLOSEST)
         s = (t * (1 - share)).clamp_min(CLOSEST)
         t[ways], s[ways], s[own] = top, 0.0, -t[own]
         x0 = batch.x0.clone()
-        if len(own):
+        if len(rows := step.evaluated(own)):
             with torch.no_grad():
-                z = noise[own] * schedule.prior_std
-                x0[own] = nets.student(z, at(schedule.t_max, z), of_samples(batch.cond, own), s=at(0.0, z)).to(x0)
+                z = noise[rows] * schedule.prior_std
+                made = nets.student(z, at(schedule.t_max, z), of_samples(batch.cond, rows), s=at(0.0, z))
+                x0[own] = made[: len(own)].to(x0)
         x_t = STRAIGHT.add_noise(x0, eps, t)
         x_t[ways] = start_state(schedule, eps[ways]).to(x_t)
 
         out = f(x_t, t, batch.cond, want="velocity", s=s)
         with torch.no_grad():
             target = eps - x0
-            if len(live):
-                cond = of_samples(batch.cond, live)
-                v = self.flow(nets, target[live], x_t[live], t[live], cond)
-                target[live] = self.recursion(nets, out[live], v, x_t[live], t[live], s[live], cond)
+            if len(rows := step.evaluated(live)):
+                cond = of_samples(batch.cond, rows)
+                v = self.flow(nets, target[rows], x_t[rows], t[rows], cond)
+                target[live] = self.recursion(nets, out[rows], v, x_t[rows], t[rows], s[rows], cond)[: len(live)]
             weight = torch.where(s < 0, 1.0, ((1 - (t - s)) * math.pi / 2.5).tan() + 1).to(x_t)
         base = (weight * Barron(self.c)(out, target)).mean()
-        if not self.rectify or not len(ways):
+        if not self.rectify:
             return Loss(base)
-        with torch.no_grad():
-            level = level[ways]
-            x_s = STRAIGHT.add_noise(x_t[ways] - top * out[ways], again[ways], level)
-            cond, signed = of_samples(batch.cond, ways.repeat(2)), torch.cat([-level, level])
-            fake, real = f(torch.cat([x_s, x_s]), level.repeat(2), cond, want="velocity", s=signed).chunk(2)
-            aim = out[ways] - (fake - real).clamp(-1, 1)  # lowering F raises the sample
-        rectify = Barron(self.c)(out[ways], aim).sum() * 4 / n
+        rectify = base.new_zeros(())
+        if len(rows := step.evaluated(ways)):
+            with torch.no_grad():
+                x_s = STRAIGHT.add_noise(x_t[rows] - top * out[rows], again[rows], level[rows])
+                cond, signed = of_samples(batch.cond, rows.repeat(2)), torch.cat([-level[rows], level[rows]])
+                fake, real = f(torch.cat([x_s, x_s]), signed.abs(), cond, want="velocity", s=signed).chunk(2)
+                aim = out[rows] - (fake - real).clamp(-1, 1)  # lowering F raises the sample
+            rectify = Barron(self.c)(out[rows], aim)[: len(ways)].sum() * 4 / n
         return Loss(base + self.rectify * rectify, base=base, rectify=rectify)
 
     def flow(self, nets: Nets, v: Tensor, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:

@@ -81,14 +81,14 @@ class DecoupledDMD(Objective):
         Raises:
             ValueError: if the teacher is guided and has no null condition, because it is told its scale.
         """
-        extra = nets.teacher.scales(t, batch.cond) - 1
-        if not extra.any():
+        if nets.teacher.scale == 1 and "guidance" not in batch.cond:
             return torch.zeros_like(x0)
         null, cond = nets.teacher.null, unscaled(batch.cond)
         if not null or not cond:
             raise ValueError("decoupled_dmd pushes from a null condition, and this teacher has none; use dmd2")
         conditional, unconditional = both_predictions(nets.teacher.denoiser, null, x_t, t, cond)
         push = dmd_gap(x0, conditional, unconditional, normalise=self.normalise)
+        extra = nets.teacher.scales(t, batch.cond) - 1
         return extra.to(x0).view(-1, *[1] * (x0.ndim - 1)) * push
 
     def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:

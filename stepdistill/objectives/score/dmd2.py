@@ -10,7 +10,7 @@ from torch import Tensor
 from stepdistill.functional.divergence import dmd_gap, pull
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
-from stepdistill.parts.game import fitted_critic, judged, new_samples, student_samples
+from stepdistill.parts.game import Judged, fitted_critic, fitted_disc, judged, new_samples
 from stepdistill.parts.gan import Gan
 from stepdistill.parts.rollout import BackwardSim, Rollout, refuse_one_step
 from stepdistill.parts.times import Times, Uniform
@@ -54,36 +54,37 @@ class DMD2(Objective):
         refuse_one_step(self.rollout, sampler)
 
     @property
-    def adversarial(self) -> bool:
-        """Whether there is a discriminator, and so a need for real data."""
-        return self.gan.weight > 0
-
-    @property
     def data(self) -> frozenset[str]:  # type: ignore[override]
         """Real samples for the GAN; nothing without it."""
-        return frozenset({"x0"}) if self.adversarial else frozenset()
+        return self.gan.data
 
     def turns(self) -> tuple[Turn, ...]:
         """The student's update, then the critic's and the discriminator's on the same samples."""
-        fit = (self.critic_loss, self.disc_loss) if self.adversarial else (self.critic_loss,)
-        moves = ("critic", "disc") if self.adversarial else ("critic",)
+        fit = (self.critic_loss, self.disc_loss) if self.gan.on else (self.critic_loss,)
+        moves = ("critic", "disc") if self.gan.on else ("critic",)
         return (
             Turn(self.student_loss, moves=("student",), every=self.student_every),
             Turn(*fit, moves=moves),
         )
 
-    def score_gap(self, nets: Nets, batch: Batch, step: Step) -> tuple[Tensor, Tensor]:
-        """Student samples (with a graph) and the direction to subtract from them, both (B, ...)."""
+    def score_gap(self, nets: Nets, batch: Batch, step: Step) -> tuple[Tensor, Tensor, Judged]:
+        """Student samples (with a graph) and the direction to subtract from them, both (B, ...), and what teacher and
+        critic said.
+        """
         x0 = new_samples(self.rollout, nets, batch, step)
         with torch.no_grad():
             at = judged(nets, x0, batch.cond, self.times, step)
-        return x0, dmd_gap(x0, at.teacher, at.critic)
+        return x0, dmd_gap(x0, at.teacher, at.critic), at
 
     def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
         """Distribution matching plus the adversarial term."""
-        x0, gap = self.score_gap(nets, batch, step)
+        x0, gap, _ = self.score_gap(nets, batch, step)
+        return self.matched(nets, batch, step, x0, gap)
+
+    def matched(self, nets: Nets, batch: Batch, step: Step, x0: Tensor, gap: Tensor) -> Loss:
+        """The student's loss, given its samples and the direction to subtract."""
         dm = pull(x0, gap)
-        if not self.adversarial:
+        if not self.gan.on:
             return Loss(dm)
         adv = self.gan.student_term(nets.disc, nets.teacher.schedule, x0, batch.cond, step, real=batch.x0)
         return Loss(dm + self.gan.weight * adv, dm=dm, adv=adv)
@@ -94,6 +95,5 @@ class DMD2(Objective):
 
     def disc_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
         """Tell the student's samples from real ones of the same conditions."""
-        fake = student_samples(self.rollout, nets, batch, step)
-        loss, accuracy = self.gan.disc_term(nets.disc, nets.teacher.schedule, batch.x0, fake, batch.cond, step)
-        return Loss(self.disc_weight * loss, disc=loss, disc_accuracy=accuracy)
+        fit = fitted_disc(self.rollout, self.gan, nets, batch, step)
+        return Loss(self.disc_weight * fit.total, disc=fit.total, **fit.terms)

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill import distributed
-from stepdistill.functional.divergence import dmd_gap, pull
 from stepdistill.functional.f_divergence import FDivergence, f_weight
 from stepdistill.models.denoiser import Cond, Denoiser
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
 from stepdistill.objectives.score.dmd2 import DMD2
-from stepdistill.parts.game import Judged, judged, new_samples
+from stepdistill.parts.game import Judged
 from stepdistill.parts.gan import Gan
 from stepdistill.parts.times import Uniform
 from stepdistill.sampling import Sampler
@@ -46,7 +45,8 @@ class FDistill(Objective):
     ratio_decay: float = 0.5
     """Of those running means."""
     normalise: bool = True
-    """Divide the weight by its mean over the batch, so that no divergence asks for a learning rate of its own."""
+    """Divide the weight by its mean over the micro-batch of all processes, so that no divergence asks for a learning
+    rate of its own. With few samples little of the weight is left, with one nothing."""
 
     def __post_init__(self) -> None:
         """Check ranges, and that there is a ratio to weight by."""
@@ -58,12 +58,11 @@ class FDistill(Objective):
                 f"objective.ratio_bins must be at least 0 and ratio_decay in [0, 1); got {self.ratio_bins} and "
                 f"{self.ratio_decay}"
             )
-        if self.weighted and (not self.base.adversarial or self.base.gan.loss != "softplus"):
+        if self.weighted and (not self.base.gan.on or self.base.gan.loss != "softplus"):
             raise ValueError(
                 f"objective.divergence {self.divergence!r} takes its density ratio from the discriminator: base.gan "
                 f"needs a weight above 0 and loss 'softplus'; got {self.base.gan.weight} and {self.base.gan.loss!r}"
             )
-
         if self.weighted and self.base.gan.times != self.base.times:
             raise ValueError(
                 f"objective.base.gan.times {self.base.gan.times}: the density ratio is asked where teacher and critic "
@@ -95,19 +94,12 @@ class FDistill(Objective):
 
     def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
         """Weighted distribution matching plus the adversarial term."""
-        base = self.base
-        x0 = new_samples(base.rollout, nets, batch, step)
-        with torch.no_grad():
-            at = judged(nets, x0, batch.cond, base.times, step)
-            gap = dmd_gap(x0, at.teacher, at.critic)
-            if self.weighted:
-                gap = self.weight(nets, at, batch.cond).view(-1, *[1] * (x0.ndim - 1)) * gap
-        dm = pull(x0, gap)
-        if not base.adversarial:
-            return Loss(dm)
-        adv = base.gan.student_term(nets.disc, nets.teacher.schedule, x0, batch.cond, step, real=batch.x0)
-        return Loss(dm + base.gan.weight * adv, dm=dm, adv=adv)
+        x0, gap, at = self.base.score_gap(nets, batch, step)
+        if self.weighted:
+            gap = self.weight(nets, at, batch.cond).view(-1, *[1] * (x0.ndim - 1)) * gap
+        return self.base.matched(nets, batch, step, x0, gap)
 
+    @torch.no_grad()
     def weight(self, nets: Nets, at: Judged, cond: Cond) -> Tensor:
         """h(r) of each sample, (B,); a discriminator of many logits speaks by their mean."""
         low, high = self.ratio_clip

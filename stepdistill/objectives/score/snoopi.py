@@ -28,8 +28,8 @@ class SNOOPI(Objective):
     base: VSD = field(default_factory=VSD)
     """The method whose guidance is drawn."""
     guidance: tuple[float, float] = (2.0, 5.0)
-    """Scales between which is drawn, uniformly, in place of ``teacher.guidance``. *Unverified*: ablated around these in
-    the paper, its final range is not known."""
+    """Scales between which is drawn, uniformly. ``teacher.guidance`` is then what the student is measured against, and
+    trains nothing. *Unverified*: ablated around these in the paper, its final range is not known."""
     per_sample: bool = False
     """A scale for each sample instead of one for the batch. *Unverified* in the paper."""
 
@@ -60,7 +60,13 @@ class SNOOPI(Objective):
         )
 
     def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
-        """Distribution matching at the scale just drawn."""
+        """Distribution matching at the scale just drawn.
+
+        Raises:
+            ValueError: if the teacher is told its scale, which a critic beside it would not be.
+        """
+        if nets.teacher.told:
+            raise ValueError("SNOOPI guides teacher and critic alike, and this teacher is told its scale; use vsd")
         low, high = self.guidance
         drawn = step.rand(len(batch)) if self.per_sample else step.shared_rand()
         scale = (low + (high - low) * drawn).expand(len(batch))

@@ -13,7 +13,7 @@ from stepdistill.functional.ode import jump
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
 from stepdistill.parts.gan import Gan
-from stepdistill.sampling import Ddim, Sampler, StepRule, at, trailing
+from stepdistill.sampling import Ddim, Sampler, StepRule, at, refuse_solver, trailing
 from stepdistill.student import Student
 
 
@@ -67,23 +67,19 @@ class ImagineFlash(Objective):
                 f"objective.gamma starts at {low:g}; the student's own noise is known up to its state's level alone, "
                 "so with noise 'own' let gamma start at 0"
             )
+        refuse_solver(self.solver, memory=True)
         if self.teacher_steps < 1:
             raise ValueError(f"objective.teacher_steps must be at least 1; got {self.teacher_steps}")
 
     @property
-    def adversarial(self) -> bool:
-        """Whether there is a discriminator, and so a need for real data."""
-        return self.gan.weight > 0
-
-    @property
     def data(self) -> frozenset[str]:  # type: ignore[override]
         """Real samples for the GAN; nothing without it."""
-        return frozenset({"x0"}) if self.adversarial else frozenset()
+        return self.gan.data
 
     def turns(self) -> tuple[Turn, ...]:
         """The student's update, then the discriminator's on the same samples."""
         student = Turn(self.student_loss, moves=("student",))
-        return (student, Turn(self.disc_loss, moves=("disc",))) if self.adversarial else (student,)
+        return (student, Turn(self.disc_loss, moves=("disc",))) if self.gan.on else (student,)
 
     def estimate(self, student: Student, batch: Batch, step: Step) -> tuple[Tensor, Tensor, float]:
         """A state that the student itself reaches and its estimate there, both (B, ...), and the time of all states, a
@@ -114,7 +110,7 @@ class ImagineFlash(Objective):
         with torch.no_grad():
             target = self.target(nets, batch, step, x_t, x0, fraction)
         loss = self.distance(x0, target).mean()
-        if not self.adversarial:
+        if not self.gan.on:
             return Loss(loss)
         adv = self.gan.student_term(nets.disc, nets.teacher.schedule, x0, batch.cond, step, batch.x0)
         return Loss(loss + self.gan.weight * adv, reconstruction=loss, adv=adv)

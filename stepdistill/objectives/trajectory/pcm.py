@@ -14,6 +14,7 @@ from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
 from stepdistill.parts.gan import Gan
 from stepdistill.parts.segments import Segments, two_jumps
+from stepdistill.parts.target import averages_of, check_decay, target_of
 from stepdistill.parts.times import Uniform
 from stepdistill.sampling import Ddim, Move, Sampler, StepRule, Tcd, refuse_solver
 
@@ -49,10 +50,12 @@ class PCM(Objective):
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if self.target_decay is not None and not 0 <= self.target_decay < 1:
-            raise ValueError(f"objective.target_decay must lie in [0, 1), or be none; got {self.target_decay}")
-        if self.gan.r1:
-            raise ValueError(f"objective.gan.r1 {self.gan.r1}: PCM's discriminator sees no real data; use 0")
+        check_decay(self.target_decay)
+        if self.gan.r1 or self.gan.loss == "relativistic":
+            raise ValueError(
+                "PCM's discriminator sees no real data: objective.gan.r1 must be 0, and objective.gan.loss not "
+                f"'relativistic'; got {self.gan.r1} and {self.gan.loss!r}"
+            )
 
     def check(self, sampler: Sampler) -> None:
         """The student jumps from edge to edge and nowhere else."""
@@ -65,19 +68,14 @@ class PCM(Objective):
         if sampler.rule not in (Ddim(), Tcd(0.0)):
             raise ValueError(f"sampler.rule {sampler.rule} leaves the edges; use Ddim() or Tcd(0.0)")
 
-    @property
-    def adversarial(self) -> bool:
-        """Whether there is a discriminator."""
-        return self.gan.weight > 0
-
     def turns(self) -> tuple[Turn, ...]:
         """The student's update, then the discriminator's on the same states."""
         student = Turn(self.student_loss, moves=("student",))
-        return (student, Turn(self.disc_loss, moves=("disc",))) if self.adversarial else (student,)
+        return (student, Turn(self.disc_loss, moves=("disc",))) if self.gan.on else (student,)
 
     def averages(self) -> Mapping[str, float]:
         """The target network, where there is one."""
-        return {} if self.target_decay is None else {"target": self.target_decay}
+        return averages_of(self.target_decay)
 
     def at_edge(self, nets: Nets, batch: Batch, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """The student's states at lower edges, with a graph, its target's (both (B, ...)), and the edges (B,)."""
@@ -87,7 +85,7 @@ class PCM(Objective):
         t, s, edge = (segments.time(k) * schedule.t_max for k in (i, i - 1, segments.lower_edge(i)))
 
         x_t = schedule.add_noise(batch.x0, eps, t)
-        target = nets.student if self.target_decay is None else nets.target
+        target = target_of(nets, self.target_decay)
         moved, aim = two_jumps(nets, target, self.solver, x_t, Move(t, s, batch.cond, step.rng), edge)
         step.shared.update(moved=moved.detach(), aim=aim, edge=edge)
         return moved, aim, edge
@@ -106,7 +104,7 @@ class PCM(Objective):
         """Agreement at the edges, point by point and in distribution."""
         moved, aim, edge = self.at_edge(nets, batch, step)
         match = self.distance(moved, aim).mean()
-        if not self.adversarial:
+        if not self.gan.on:
             return Loss(match)
         adv = student_loss(nets.disc(*self.into_segment(nets, edge, step, moved), batch.cond), self.gan.loss)
         return Loss(match + self.gan.weight * adv, match=match, adv=adv)

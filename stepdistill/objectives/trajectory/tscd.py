@@ -11,6 +11,7 @@ from stepdistill.functional.distances import L2, Distance
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Loss, Objective, Step, Turn, register
 from stepdistill.parts.segments import Segments, two_jumps
+from stepdistill.parts.target import averages_of, check_decay
 from stepdistill.sampling import Ddim, Move, Sampler, StepRule, Tcd, refuse_solver
 
 
@@ -47,11 +48,9 @@ class TSCD(Objective):
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if not 0 <= self.to_edge <= 1 or not 0 <= self.target_decay < 1:
-            raise ValueError(
-                f"objective.to_edge must lie in [0, 1] and target_decay in [0, 1); got {self.to_edge} and "
-                f"{self.target_decay}"
-            )
+        check_decay(self.target_decay)
+        if not 0 <= self.to_edge <= 1:
+            raise ValueError(f"objective.to_edge must lie in [0, 1]; got {self.to_edge}")
         if len({cut.count for cut in self.cuts}) < len(self.cuts):
             raise ValueError(f"objective.also must be other numbers than {self.segments.count}; got {list(self.also)}")
 
@@ -86,7 +85,7 @@ class TSCD(Objective):
 
     def averages(self) -> Mapping[str, float]:
         """The target network."""
-        return {"target": self.target_decay}
+        return averages_of(self.target_decay)
 
     def student_loss(self, nets: Nets, batch: Batch, step: Step) -> Loss:
         """Agreement of two jumps to the same end, from neighbours on the teacher's ODE."""
