@@ -68,7 +68,7 @@ def test_a_told_network_is_told_and_evaluated_once() -> None:
 
 
 def test_scales_without_a_null_condition_are_refused() -> None:
-    with pytest.raises(ValueError, match="without conditions"):
+    with pytest.raises(ValueError, match="guidance needs conditions and a null one"):
         Guided(denoiser())(X, T, COND | {"guidance": torch.ones(3)})
 
 
