@@ -31,7 +31,7 @@ from stepdistill.models.families import Opened
 from stepdistill.models.lora import Adapted, network_of
 from stepdistill.models.nets import Nets
 from stepdistill.models.two_time import TwoTime
-from stepdistill.placement import sharded
+from stepdistill.placement import check_device, sharded
 from stepdistill.recipe import Recipe, Teacher, encode
 from stepdistill.sampling import Ddim, Sampler, trailing
 from stepdistill.student import Student
@@ -133,11 +133,7 @@ def check(recipe: Recipe, opened: Opened) -> None:
     Raises:
         ValueError: naming the field.
     """
-    try:
-        torch.zeros(1, dtype=torch.float64, device=recipe.run.device)
-    except (RuntimeError, AssertionError, TypeError) as error:  # torch raises any, by device
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"run.device {recipe.run.device!r}: cannot be used on this machine ({reason})") from error
+    check_device("run.device", recipe.run.device)
     distributed.share(recipe.run.batch)
     distributed.refuse_other_precision(recipe.run.dtype)
     check_trackers(recipe.run.trackers)

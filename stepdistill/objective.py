@@ -50,7 +50,7 @@ class Step:
     shared: dict[str, Tensor] = field(default_factory=dict, compare=False)
     """Detached tensors that one turn leaves for the next at the same index and batch, such as the student's sample."""
     number: int | None = None
-    """Which micro-batch of the run this is; None is the index, where a step has one."""
+    """Which micro-batch of the run this is, from 0; None takes the index, as where each step has one micro-batch."""
 
     @classmethod
     def at(

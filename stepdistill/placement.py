@@ -18,6 +18,19 @@ from stepdistill.models.nets import Nets
 from stepdistill.models.two_time import TwoTime
 
 
+def check_device(field: str, device: str) -> None:
+    """Make sure that a device is there and has float64, in which all times and coefficients are.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch raises any, by device
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{field} {device!r}: cannot be used on this machine ({reason})") from error
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where networks lie: it changes memory and time, and results by no more than rounding. A resumed run may have

@@ -12,7 +12,7 @@ from stepdistill.build import build, open_teacher
 from stepdistill.data import DigitsData
 from stepdistill.objectives import CD, DMD2
 from stepdistill.parts.gan import Gan
-from stepdistill.placement import Placement, Resting
+from stepdistill.placement import Placement, Resting, check_device
 from stepdistill.profiling import saved_bytes
 from stepdistill.recipe import Recipe, Teacher, Weights
 from stepdistill.sampling import Renoise, Sampler, trailing
@@ -134,3 +134,19 @@ def test_who_is_moved_stays_on_the_device() -> None:
         replace(GAME, placement=Placement(offload=("critic",)))
     with pytest.raises(ValueError, match=r"placement.offload is for networks that are not sharded"):
         Placement(shard=True, offload=("teacher",))
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "mps"])
+def test_a_device_that_is_missing_or_has_no_float64_is_named(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "mps":  # what torch says on machines that have one
+
+        def zeros(*size: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+            assert dtype == torch.float64
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+
+        monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(ValueError, match=f"run.device '{device}': cannot be used on this machine") as caught:
+        check_device("run.device", device)
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    check_device("run.device", "cpu")

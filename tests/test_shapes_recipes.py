@@ -61,6 +61,13 @@ def test_every_stage_is_built_and_takes_a_step(name: str, teachers: dict[str, Op
         student = trainer.nets.ema
 
 
+@pytest.mark.parametrize("teacher", ["sd", "sd3"])
+def test_drawn_scales_lie_around_the_teachers(teacher: str) -> None:
+    recipe = RECIPES[f"shapes_{teacher}_snoopi"]()
+    low, high = recipe.objective.guidance
+    assert low < recipe.teacher.guidance < high
+
+
 @pytest.mark.parametrize("source", ["bundled:shapes-sd", "bundled:shapes-sd3"])
 def test_the_bundled_teachers_are_judged_as_shapes(source: str) -> None:
     recipe = next(recipe() for recipe in RECIPES.values() if recipe().teacher.source == source)

@@ -31,6 +31,7 @@ from stepdistill.evaluation.grids import png_of
 from stepdistill.evaluation.records import device_name, installed_versions
 from stepdistill.logging import Progress
 from stepdistill.paths import project_dir
+from stepdistill.placement import check_device
 
 SHOWN_SEED = 1_000_003
 """Of pictures to look at; away from the seeds of evaluations."""
@@ -69,8 +70,9 @@ def asked_of(suite: Suite, rows: Sequence[Row], cache: Cache) -> list[Asked]:
         "versions": installed_versions(),
         "code": cache.code_hash(),
     }
+    check_device("device", suite.device)
     # seconds are the machine's own; numbers of images are not, up to rounding
-    machine = f"{os.uname().nodename}, {_device(suite.device)}"
+    machine = f"{os.uname().nodename}, {device_name(suite.device)}"
     found = []
     for row in rows:
         own = common | row.facts()
@@ -238,11 +240,3 @@ def outcomes(asked: Sequence[Asked], cache: Cache) -> list[Outcome]:
         )
         for one in asked
     ]
-
-
-def _device(device: str) -> str:
-    try:
-        return device_name(device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either, by device
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {device!r}: cannot be used on this machine ({reason})") from error

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stepdistill.models.denoiser import Predictor
 from stepdistill.models.nets import Nets
 from stepdistill.objective import Batch, Step
-from stepdistill.objectives import CD
+from stepdistill.objectives import CD, TSCD
 from stepdistill.parts.discretisation import Doubling
 from stepdistill.sampling import Ddim, Move, Renoise, Sampler, StepRule, at, trailing
 from stepdistill.student import Student
@@ -131,3 +131,9 @@ def error_of(teacher: GaussianTeacher, student: Student) -> float:
 @pytest.mark.parametrize("decay", [0.0, 0.95])
 def test_the_target_is_the_running_average_it_declares(decay: float) -> None:
     assert CD(target_decay=decay).averages() == {"target": decay}
+
+
+@pytest.mark.parametrize("method", [CD, TSCD])
+def test_a_decay_out_of_range_is_named(method: type[CD] | type[TSCD]) -> None:
+    with pytest.raises(ValueError, match=r"objective\.target_decay must lie in \[0, 1\); got 1"):
+        method(target_decay=1.0)

@@ -164,3 +164,9 @@ def test_renoising_uses_fresh_noise_for_every_element() -> None:
     flat = eps.flatten().double()
     assert ks(flat, normal_cdf(flat)) < 1.95
     assert len(flat.unique()) > 0.99 * len(flat)
+
+
+@pytest.mark.parametrize("times", [(), (0.5, 1.2), (-0.1,), (float("nan"),)])
+def test_grids_lie_within_the_range(times: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match=r"times must be fractions of t_max, within \[0, 1\]; got \["):
+        OnGrid(times)
